@@ -1,0 +1,27 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.pool import Pool
+
+# Before torch is imported. The tests' tensors are small: more threads cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A contributor's own key must not send test runs to their account.
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.pop("WANDB_API_KEY", None)
+# Variables of a launcher that started pytest would make every test a rank of something.
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Pool]:
+    """Two processes joined by gloo; `two_ranks.run(function, *args)` gives what each returned."""
+    pool = Pool(2)
+    yield pool
+    pool.close()
