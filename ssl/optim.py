@@ -1,0 +1,209 @@
+"""Parameter groups, the three optimizers, and their state as a flat dict of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ParameterGroup = dict[str, Any]
+
+NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "mask_token")
+"""Endings of the names of tokens and positions: they have more than one dimension and are still not decayed."""
+
+OPTIONS = {
+    "adamw": {"betas", "eps", "fused"},
+    "sgd": {"momentum", "nesterov", "dampening"},
+    "lars": {"momentum", "nesterov", "dampening", "trust_coeff", "trust_clip", "eps"},
+}
+
+
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, layer_decay: float | None = None, no_decay_extra: Iterable[str] = ()
+) -> list[ParameterGroup]:
+    """Every parameter that is trained, in exactly one group.
+
+    A group has `params`, their `names`, `weight_decay`, `lr_scale`, `layer`, and `adapt`: whether LARS gives it a
+    trust ratio, true for the decayed groups. Biases, norms, 1-d tensors, positions and tokens are not decayed, nor
+    what a submodule's `no_weight_decay()` names, nor what matches a pattern of `no_decay_extra`. With `layer_decay`,
+    layer i of `module.backbone` (timm's own grouping) learns at layer_decay ** (number of layers - i) of the rate,
+    and everything else at the full rate (BEiT, arXiv:2106.08254); `set_lr` applies it.
+    """
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay must lie in (0, 1], or be null for none; got {layer_decay}")
+    exempt = _exempt_names(module, tuple(no_decay_extra))
+    layers, num_layers = _backbone_layers(module) if layer_decay is not None else ({}, 0)
+    groups: dict[tuple[int, bool], ParameterGroup] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layers.get(name, num_layers)
+        decayed = name not in exempt
+        if (layer, decayed) not in groups:
+            groups[layer, decayed] = {
+                "params": [],
+                "names": [],
+                "weight_decay": float(weight_decay) if decayed else 0.0,
+                "lr_scale": 1.0 if layer_decay is None else layer_decay ** (num_layers - layer),
+                "adapt": decayed,
+                "layer": None if layer_decay is None else layer,
+            }
+        groups[layer, decayed]["params"].append(parameter)
+        groups[layer, decayed]["names"].append(name)
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has nothing to train: none of its parameters requires a gradient")
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+
+
+def _exempt_names(module: nn.Module, patterns: tuple[str, ...]) -> set[str]:
+    """Names of the parameters that must not be decayed."""
+    listed: list[str] = list(patterns)
+    norms: set[str] = set()
+    for prefix, part in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        own = getattr(part, "no_weight_decay", None)
+        if callable(own):
+            listed += [dot + str(name) for name in own()]  # pyright: ignore[reportGeneralTypeIssues]
+        if "norm" in type(part).__name__.lower():
+            norms |= {dot + name for name, _ in part.named_parameters(recurse=False)}
+    return {
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.ndim <= 1
+        or name in norms
+        or name.endswith((".bias", *NO_DECAY))
+        or any(fnmatch(name, pattern) for pattern in listed)
+    }
+
+
+def _backbone_layers(module: nn.Module) -> tuple[dict[str, int], int]:
+    """Layer number of each backbone parameter, and the number of layers, which is the heads' own number."""
+    from timm.models import group_parameters
+
+    backbone = getattr(module, "backbone", None)
+    matcher = getattr(backbone, "group_matcher", None)
+    if backbone is None or matcher is None:
+        raise ValueError(
+            "optim.layer_decay needs a backbone whose layers timm can tell apart (a `group_matcher`), got "
+            f"{type(backbone if backbone is not None else module).__name__}; set optim.layer_decay=null"
+        )
+    layers: Any = group_parameters(backbone, matcher(coarse=False), reverse=True)
+    return {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values()) + 1
+
+
+def scaled_lr(base_lr: float, *, global_batch_size: int, scaling: str) -> float:
+    """The actual rate: base_lr * G / 256 (linear, arXiv:1706.02677), base_lr * sqrt(G) (sqrt), or base_lr (none)."""
+    if scaling == "linear":
+        return base_lr * global_batch_size / 256
+    if scaling == "sqrt":
+        return base_lr * math.sqrt(global_batch_size)
+    if scaling == "none":
+        return base_lr
+    raise ValueError(f"optim.scaling must be linear, sqrt or none; got {scaling!r}")
+
+
+def make_optimizer(groups: Iterable[ParameterGroup], *, name: str, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer over the groups of `parameter_groups`, each starting at lr * lr_scale. `lr` is the actual rate.
+
+    `adamw` is torch's, fused where the parameters' device has it. `sgd` is torch's. `lars` is timm's: the trust ratio
+    is the paper's, trust_coeff * |w| / (|g| + weight_decay * |w|) (arXiv:1708.03888, eq. 6), given only to the
+    decayed groups, also where weight_decay is 0; the rate multiplies the momentum buffer from outside, as in torch's
+    SGD. SimCLR's own code divides by |g + weight_decay * w|, nearly the same at 1e-6, and keeps the rate inside the
+    buffer, which differs only while the rate changes.
+    """
+    if name not in OPTIONS:
+        raise ValueError(f"optim.name must be one of {', '.join(OPTIONS)}; got {name!r}")
+    unknown = sorted(set(options) - OPTIONS[name])
+    if unknown:
+        raise ValueError(f"optim.options of {name} may be {', '.join(sorted(OPTIONS[name]))}; got {', '.join(unknown)}")
+    own = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
+    if name == "adamw":
+        devices = {parameter.device.type for group in own for parameter in group["params"]}
+        options = {"fused": devices <= {"cpu", "cuda"}, **options, "betas": tuple(options.get("betas", (0.9, 0.999)))}
+        return torch.optim.AdamW(own, lr=lr, **options)
+    if name == "sgd":
+        return torch.optim.SGD(own, lr=lr, **options)
+    from timm.optim import Lars
+
+    return Lars([{**group, "always_adapt": group["adapt"]} for group in own], lr=lr, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group lr * lr_scale: the layer decay that the groups only name is applied here, at every step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+UNTOUCHED = "untouched"
+"""Stands for the state of a parameter that has had no gradient yet, so that a missing entry is always an error."""
+
+
+def state_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state keyed "<parameter name>/<state key>". The tensors may share memory with the live state."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter, _ in _named(optimizer):
+        state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
+        for key, value in state.items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().contiguous()
+        if not state:
+            tensors[f"{name}/{UNTOUCHED}"] = torch.empty(0)
+    return tensors
+
+
+def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `state_to_tensors` gave. Raises ValueError that names what is missing, left over or misshapen."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, state_key = key.rpartition("/")
+        by_name.setdefault(name, {})[state_key] = value
+    problems: list[str] = []
+    states: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
+    for name, parameter, group in _named(optimizer):
+        given = by_name.pop(name, {})
+        if set(given) == {UNTOUCHED}:
+            states.append((parameter, {}))
+            continue
+        expected = _state_keys(optimizer, group)
+        problems += [f"{name}/{key} is missing" for key in sorted(expected - set(given))]
+        problems += [f"{name}/{key} is left over" for key in sorted(set(given) - expected)]
+        problems += [
+            f"{name}/{key} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+            for key, value in given.items()
+            if key in expected and key != "step" and value.shape != parameter.shape
+        ]
+        states.append((parameter, {} if problems else {k: _placed(k, v, parameter, group) for k, v in given.items()}))
+    problems += [f"{name}/{key} is left over" for name, given in by_name.items() for key in sorted(given)]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"the saved state is not of this {type(optimizer).__name__} over these parameters: "
+            f"{'; '.join(problems[:8])}{more}"
+        )
+    for parameter, state in states:
+        optimizer.state.pop(parameter, None)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter, ParameterGroup]]:
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            yield name, parameter, group
+
+
+def _state_keys(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> set[str]:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if group["momentum"] else set()
+
+
+def _placed(key: str, value: Tensor, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:
+    """A copy where and as the optimizer keeps it."""
+    if key == "step":  # the fused kernel counts on the device, the others on the CPU
+        return value.detach().clone().to(parameter.device if group.get("fused") else "cpu")
+    # The fused kernels walk memory, so the state must be laid out as its parameter is (channels_last).
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
