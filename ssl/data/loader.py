@@ -1,0 +1,331 @@
+"""Batches of uint8 crops and their views' parameters, made in threads ahead of the device.
+
+Which images a batch holds and how each is cropped is a pure function of (seed, step): threads, ranks, prefetch, the way
+the images are stored and a resume do not enter.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ssl.data.bad_images import BadImages, BadList
+from ssl.data.decode import crop_resize
+from ssl.data.memory import MemoryImages, common_size, hold
+from ssl.data.reader import UNREADABLE, Reader
+from ssl.data.threads import ShouldStop, available_cores, chunk_bounds, run_ahead
+from ssl.randomness import shuffle, uniforms
+
+if TYPE_CHECKING:
+    from ssl.data.sources import Source
+    from ssl.data.views import View
+
+__all__ = ["BadImages", "Batch", "Loader"]
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Parameters = dict[str, np.ndarray]
+
+# Drawing a view's numbers costs about the same for one image as for thirty, so chunks are not made smaller than they
+# must be; above these sizes nothing is gained, and a stop has to wait for longer.
+DECODED_CHUNK = (8, 32)
+HELD_CHUNK = (64, 256)
+
+
+class Loader:
+    """Reads, decodes and crops a source's images, `prefetch` whole batches ahead.
+
+    A batch is a dict of CPU tensors: `index` (B,), `label` (B,), `crops` V times uint8 (B, C, h, w), `parameters` V
+    times a dict of tensors (B, ...), `noise` float32 (B, num_noise). An image that cannot be decoded is replaced: its
+    slot keeps its `index`, and the random numbers that follow from it, and has the other image's pixels and label.
+
+    Every batch is its own memory, because the consumer may still hold the one before: at most `prefetch` + 1 exist
+    beside those that the consumer keeps. `bad` tells the images that were replaced, `in_memory` whether the decoded set
+    is held, `image_shape` (C, H, W) where all images agree (where they are not held: all of a sample).
+
+    Raises BadImages when more than `max_bad_fraction` of the images cannot be decoded, and ValueError for impossible
+    settings.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        views: Sequence[View],
+        *,
+        size: tuple[int, int],
+        channels: int,
+        seed: int,
+        num_noise: int = 0,
+        threads: int | None = None,
+        in_memory_gib: float = 4.0,
+        max_bad_fraction: float = 0.01,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ):
+        _check_settings(source, threads=threads, prefetch=prefetch)
+        self.source = source
+        self.views = list(views)
+        self.size = (int(size[0]), int(size[1]))
+        self.channels = channels
+        self.seed = seed
+        self.num_noise = num_noise
+        self.threads = available_cores() if threads is None else threads
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.reader = Reader(source, channels=channels)
+        self.bad_list = BadList(source, seed=seed, max_fraction=max_bad_fraction)
+        self.memory = hold(
+            source, channels=channels, limit_gib=in_memory_gib, num_threads=self.threads, bad=self.bad_list
+        )
+        self.image_shape = self._image_shape()
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """The images that could not be decoded so far: index to path and reason."""
+        return self.bad_list.messages
+
+    @property
+    def in_memory(self) -> bool:
+        return self.memory is not None
+
+    def describe(self) -> str:
+        """One line that tells how the images are served."""
+        size = f" of {self.image_shape[1]}x{self.image_shape[2]}" if self.image_shape else ""
+        if self.memory is not None:
+            how = f"held in memory, {self.memory.num_bytes / 2**20:,.0f} MiB"
+        else:
+            how = f"decoded by {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{len(self):,} images{size} {how}"
+
+    def steps_per_epoch(self, global_batch_size: int) -> int:
+        """Whole batches in an epoch; what is left over differs by epoch. Raises ValueError if there is none."""
+        if not 1 <= global_batch_size <= len(self):
+            raise ValueError(
+                f"trainer.global_batch_size={global_batch_size} needs that many images, {self.source.name} "
+                f"has {len(self)}; set trainer.global_batch_size between 1 and {len(self)}"
+            )
+        return len(self) // global_batch_size
+
+    def batches(
+        self, *, start_step: int, stop_step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """This rank's share of the global batch of each step in [start_step, stop_step), whatever ran before.
+
+        Step s belongs to epoch s // steps_per_epoch. Raises ValueError when the ranks cannot share a batch equally.
+        """
+        per_epoch = self.steps_per_epoch(global_batch_size)
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"trainer.global_batch_size={global_batch_size} cannot be shared equally by {world_size} ranks; "
+                f"use a multiple of {world_size}"
+            )
+        share = global_batch_size // world_size
+
+        def jobs() -> Iterator[_BatchJob]:
+            for step in range(start_step, stop_step):
+                epoch, number = divmod(step, per_epoch)
+                position = number * global_batch_size + rank * share + np.arange(share)
+                yield self._job(shuffle(self.seed, epoch, len(self), position), epoch)
+
+        return self._start(jobs())
+
+    def sequential(self, *, batch_size: int, rank: int = 0, world_size: int = 1, epoch: int = 0) -> Iterator[Batch]:
+        """This rank's share of all images, in order, each once over all ranks; the last batch may be smaller."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        first, last = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
+
+        def jobs() -> Iterator[_BatchJob]:
+            for start in range(first, last, batch_size):
+                yield self._job(np.arange(start, min(start + batch_size, last)), epoch)
+
+        return self._start(jobs())
+
+    def close(self) -> None:
+        """Stop the threads of every iterator that is still open."""
+        for iterator in list(self._open):
+            iterator.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, jobs: Iterable[_BatchJob]) -> Iterator[Batch]:
+        iterator = run_ahead(jobs, num_threads=self.threads, ahead=self.prefetch)
+        self._open.add(iterator)
+        return iterator
+
+    def _job(self, index: np.ndarray, epoch: int) -> _BatchJob:
+        make = _HeldBatch if self.memory is not None else _DecodedBatch
+        return make(self, index, epoch)
+
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        if self.memory is not None:
+            return (self.channels, *self.memory.pixels.shape[2:]) if self.memory.equal else None
+        size = common_size(self.source)
+        return None if size is None else (self.channels, *size)
+
+
+class _BatchJob:
+    """One batch in the making: threads fill chunks of preallocated tensors."""
+
+    chunk_limits: tuple[int, int]
+
+    def __init__(self, loader: Loader, index: np.ndarray, epoch: int):
+        self.loader = loader
+        self.index = index
+        self.shown = index.copy()  # the image whose pixels a slot has: another one where the slot's own is bad
+        self.epoch = epoch
+        smallest, largest = self.chunk_limits
+        self.chunks: Sequence[tuple[int, int]] = chunk_bounds(
+            len(index), num_threads=loader.threads, smallest=smallest, largest=largest
+        )
+        shape = (len(index), loader.channels, *loader.size)
+        self.crops = [torch.empty(shape, dtype=torch.uint8, pin_memory=loader.pin_memory) for _ in loader.views]
+        self.parameters: dict[int, list[Parameters]] = {}  # by the chunk's start: V dicts
+
+    def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> Batch:
+        """The batch as a dict of tensors."""
+        loader = self.loader
+        chunks = [self.parameters[start] for start, _ in self.chunks]
+        parameters = [
+            {name: self._tensor(np.concatenate([chunk[view][name] for chunk in chunks])) for name in chunks[0][view]}
+            for view in range(len(loader.views))
+        ]
+        noise = uniforms(loader.seed, self.epoch, self.index, "noise", loader.num_noise)
+        return {
+            "index": self._tensor(self.index),
+            "label": self._tensor(np.asarray(loader.source.labels)[self.shown].astype(np.int64)),
+            "crops": self.crops,
+            "parameters": parameters,
+            "noise": self._tensor(noise),
+        }
+
+    def sample(self, index: np.ndarray, sizes: np.ndarray) -> list[Parameters]:
+        """Every view's parameters for images of these (height, width)."""
+        return [
+            view.sample(
+                seed=self.loader.seed,
+                epoch=self.epoch,
+                index=index,
+                view=number,
+                height=sizes[:, 0],
+                width=sizes[:, 1],
+                size=self.loader.size,
+            )
+            for number, view in enumerate(self.loader.views)
+        ]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory() if self.loader.pin_memory else tensor
+
+
+class _HeldBatch(_BatchJob):
+    """A batch from images held in memory: crops are made for a chunk at once."""
+
+    chunk_limits = HELD_CHUNK
+
+    def __init__(self, loader: Loader, index: np.ndarray, epoch: int):
+        super().__init__(loader, index, epoch)
+        assert loader.memory is not None
+        self.memory: MemoryImages = loader.memory
+        if loader.bad:
+            self.shown = np.array([loader.bad_list.replacement(place) for place in index.tolist()], np.int64)
+
+    def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
+        shown = self.shown[start:stop]
+        parameters = self.sample(self.index[start:stop], self.memory.sizes(shown))
+        for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
+            self.memory.crop(shown, drawn["box"], crops[start:stop], interpolation=view.interpolation)
+        self.parameters[start] = parameters
+
+
+@dataclass
+class _Opened:
+    """An image that has been read but not decoded: the one for a slot, or the one that stands in for it."""
+
+    index: int
+    attempt: int
+    data: bytes | np.ndarray
+    size: tuple[int, int]
+
+
+class _DecodedBatch(_BatchJob):
+    """A batch from encoded images: each is decoded once, for all views."""
+
+    chunk_limits = DECODED_CHUNK
+
+    def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
+        # The headers are read first, so that the numbers of a chunk's views are drawn at once.
+        opened = []
+        for slot in range(start, stop):
+            if should_stop():
+                return
+            opened.append(self._read(slot, attempt=0))
+        sizes = np.array([image.size for image in opened], np.int64)  # (B, 2)
+        self.parameters[start] = parameters = self.sample(self.index[start:stop], sizes)
+        for number, slot in enumerate(range(start, stop)):
+            if should_stop():
+                return
+            image, pixels = self._decode(slot, opened[number])
+            opened[number] = image
+            if image.size != tuple(sizes[number]):
+                self._sample_again(slot, number, parameters, image.size)
+            self.shown[slot] = image.index
+            self._crop(slot, pixels, [drawn["box"][number] for drawn in parameters])
+
+    def _read(self, slot: int, *, attempt: int) -> _Opened:
+        """The first readable image among the slot's own and its replacements from `attempt` on."""
+        bad = self.loader.bad_list
+        while True:
+            index = bad.candidate(int(self.index[slot]), attempt)
+            if index not in bad.messages:
+                try:
+                    return _Opened(index, attempt, *self.loader.reader.open(index))
+                except UNREADABLE as error:
+                    bad.add(index, error)
+            attempt += 1
+
+    def _decode(self, slot: int, opened: _Opened) -> tuple[_Opened, np.ndarray]:
+        while True:
+            try:
+                return opened, self.loader.reader.decode(opened.index, opened.data, opened.size)
+            except UNREADABLE as error:
+                self.loader.bad_list.add(opened.index, error)
+                opened = self._read(slot, attempt=opened.attempt + 1)
+
+    def _sample_again(self, slot: int, number: int, parameters: list[Parameters], size: tuple[int, int]) -> None:
+        for drawn, again in zip(parameters, self.sample(self.index[slot : slot + 1], np.array([size], np.int64))):
+            for name, values in again.items():
+                drawn[name][number] = values[0]
+
+    def _crop(self, slot: int, pixels: np.ndarray, boxes: list[np.ndarray]) -> None:
+        for view, box, crops in zip(self.loader.views, boxes, self.crops):
+            crop = crop_resize(pixels, tuple(box.tolist()), self.loader.size, view.interpolation)
+            crops[slot] = torch.from_numpy(crop)
+
+
+def _check_settings(source: Source, *, threads: int | None, prefetch: int) -> None:
+    if len(source) == 0:
+        raise ValueError(f"{source.name} has no images; check data.root, data.limit and the split")
+    if threads is not None and threads < 1:
+        raise ValueError(f"loader.threads must be at least 1, got {threads}; leave it out to use all cores")
+    if prefetch < 0:
+        raise ValueError(f"loader.prefetch must be 0 or more, got {prefetch}")

@@ -1,0 +1,236 @@
+"""A whole decoded image set held in memory, and crops of it made batch-wise."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl.data.bad_images import BadList
+from ssl.data.decode import crop_resize
+from ssl.data.reader import UNREADABLE, Reader
+from ssl.data.threads import Crew, ShouldStop
+
+if TYPE_CHECKING:
+    from ssl.data.sources import Source
+
+NUM_SAMPLED = 256
+CHUNK = 32
+# Two dense products per image cost height * width * (target height + target width): measured on 2 cores, they beat one
+# interpolate call per image (some 30 us before any pixel is touched) up to about this many pixels.
+LARGEST_BATCHED = 64 * 64
+
+
+class TooLarge(Exception):
+    """The decoded set does not fit in the memory it was given."""
+
+
+class SizesDiffer(Exception):
+    """An image has another size than the sample of sizes promised."""
+
+
+def sample_sizes(source: Source, *, num: int = NUM_SAMPLED) -> np.ndarray:
+    """(height, width) of up to `num` images spread evenly, int64 (n, 2); unreadable ones are left out."""
+    reader = Reader(source, channels=3)
+    sizes = []
+    for index in np.unique(np.linspace(0, len(source) - 1, min(num, len(source))).astype(np.int64)):
+        try:
+            sizes.append(reader.open(int(index))[1])
+        except UNREADABLE:
+            continue
+    return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def common_size(source: Source) -> tuple[int, int] | None:
+    """(height, width) where all images of an evenly spread sample agree, else None."""
+    sizes = sample_sizes(source)
+    if len(sizes) == 0 or (sizes != sizes[0]).any():
+        return None
+    return int(sizes[0, 0]), int(sizes[0, 1])
+
+
+class MemoryImages:
+    """Decoded images: uint8 (N, C, H, W) where all sizes agree, else one flat uint8 array of (H, W, C) images."""
+
+    def __init__(self, pixels: np.ndarray, *, sizes: np.ndarray, channels: int):
+        self.pixels = pixels
+        self.channels = channels
+        self.equal = pixels.ndim == 4
+        self._sizes = sizes  # (N, 2), or (1, 2) where all agree
+        if not self.equal:
+            self._offsets = offsets(sizes, channels)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pixels.nbytes
+
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        """(height, width) of each image, int64 (B, 2)."""
+        return np.broadcast_to(self._sizes, (len(index), 2)) if self.equal else self._sizes[index]
+
+    def image(self, index: int) -> np.ndarray:
+        """One image, uint8 (H, W, C), without a copy."""
+        if self.equal:
+            return self.pixels[index].transpose(1, 2, 0)
+        height, width = self._sizes[index]
+        return self.pixels[self._offsets[index] : self._offsets[index + 1]].reshape(height, width, self.channels)
+
+    def crop(self, index: np.ndarray, box: np.ndarray, out: Tensor, *, interpolation: str) -> None:
+        """Write each image's `box` (B, 4: top, left, height, width), resized, into `out` uint8 (B, C, h, w)."""
+        h, w = out.shape[-2:]
+        if self.equal and (box == (0, 0, h, w)).all() and self.pixels.shape[-2:] == (h, w):
+            np.take(self.pixels, index, axis=0, out=out.numpy(), mode="clip")  # "clip" writes without a second buffer
+        elif self.equal and self.pixels.shape[-2] * self.pixels.shape[-1] <= LARGEST_BATCHED:
+            pixels = torch.from_numpy(self.pixels[index])
+            out.copy_(crop_resize_batch(pixels, torch.from_numpy(box), (h, w), interpolation=interpolation))
+        else:
+            into = out.numpy()
+            for slot, place in enumerate(index):
+                into[slot] = crop_resize(self.image(int(place)), tuple(box[slot].tolist()), (h, w), interpolation)
+
+
+def crop_resize_batch(pixels: Tensor, box: Tensor, size: tuple[int, int], *, interpolation: str) -> Tensor:
+    """Crop and resize uint8 images (B, C, H, W) with one `box` (B, 4) each to uint8 (B, C, h, w).
+
+    Equal to torch's antialiased interpolate of each crop to one level: two matrix products per image, whose matrices
+    hold the resampling weights of the crop and zeros beside it.
+    """
+    num, channels, height, width = pixels.shape
+    h, w = size
+    rows = resize_weights(box[:, 0], box[:, 2], source=height, target=h, interpolation=interpolation)  # (B, h, H)
+    columns = resize_weights(box[:, 1], box[:, 3], source=width, target=w, interpolation=interpolation)  # (B, w, W)
+    image = pixels.to(torch.float32).view(num, channels * height, width)
+    image = torch.bmm(image, columns.transpose(1, 2))  # (B, C*H, w)
+    if interpolation == "bicubic":
+        image.clamp_(0, 255)  # torch's uint8 path stores a uint8 between the passes
+    rows = rows[:, None].expand(num, channels, h, height).reshape(num * channels, h, height)
+    half = image.new_full((1, 1, 1), 0.5)  # rounds, because the cast to uint8 truncates
+    image = torch.baddbmm(half, rows, image.view(num * channels, height, w))  # (B*C, h, w)
+    if interpolation == "bicubic":
+        image.clamp_(0, 255)
+    return image.to(torch.uint8).view(num, channels, h, w)
+
+
+def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> Tensor:
+    """Antialiased resampling of `source` pixels' part [start, start + length) to `target` pixels, (B, target, source).
+
+    The filters are those of torch's `interpolate(antialias=True)`: a triangle, or Keys' cubic with a = -0.5, widened by
+    the scale where the image shrinks, cut at the crop's edge and normalised.
+    """
+    start, length = start.to(torch.float32)[:, None], length.to(torch.float32)[:, None]  # (B, 1)
+    scale = length / target
+    centre = start + scale * (torch.arange(target, dtype=torch.float32) + 0.5)  # (B, target)
+    place = torch.arange(source, dtype=torch.float32) + 0.5  # (source,)
+    inverse = 1 / scale.clamp(min=1)
+    distance = ((place - centre[:, :, None]) * inverse[:, :, None]).abs_()  # (B, target, source)
+    if interpolation == "bilinear":
+        weights = distance.neg_().add_(1).clamp_(min=0)
+    elif interpolation == "bicubic":
+        near = (1.5 * distance - 2.5).mul_(distance).mul_(distance).add_(1)
+        distance.clamp_(max=2)  # the outer branch is 0 at 2
+        far = (-0.5 * distance + 2.5).mul_(distance).sub_(4).mul_(distance).add_(2)
+        weights = torch.where(distance < 1, near, far)
+    else:
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    inside = (place > start) & (place < start + length)  # (B, source)
+    weights *= inside[:, None]
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def hold(source: Source, *, channels: int, limit_gib: float, num_threads: int, bad: BadList) -> MemoryImages | None:
+    """Decode the whole source into memory, or return None where that takes more than `limit_gib`.
+
+    The size is estimated from a sample of the images' headers first, so a set that is far too large costs little.
+    Raises BadImages.
+    """
+    limit = int(limit_gib * 2**30)
+    sampled = sample_sizes(source) if limit > 0 else np.zeros((0, 2), np.int64)
+    if len(sampled) == 0 or sampled.prod(axis=1).mean() * channels * len(source) > limit:
+        return None
+    reader = Reader(source, channels=channels)
+    try:
+        if (sampled == sampled[0]).all():
+            try:
+                return _hold_equal(reader, sampled[0], num_threads=num_threads, bad=bad)
+            except SizesDiffer:
+                pass
+        return _hold_ragged(reader, limit=limit, num_threads=num_threads, bad=bad)
+    except TooLarge:
+        return None
+
+
+def offsets(sizes: np.ndarray, channels: int) -> np.ndarray:
+    """Where each image (height, width) begins in the flat array, and where the last one ends, int64 (N + 1,)."""
+    return np.concatenate(([0], np.cumsum(sizes.prod(axis=1) * channels)))
+
+
+def _hold_equal(reader: Reader, size: np.ndarray, *, num_threads: int, bad: BadList) -> MemoryImages:
+    """Decode straight into one array. Raises SizesDiffer at the first image of another size."""
+    height, width = size.tolist()
+    pixels = np.empty((len(reader.source), reader.channels, height, width), np.uint8)
+
+    def keep(index: int) -> None:
+        image = reader.decode(index, *reader.open(index))
+        if image.shape[:2] != (height, width):
+            raise SizesDiffer
+        pixels[index] = image.transpose(2, 0, 1)
+
+    _for_each(keep, reader, num_threads=num_threads, bad=bad)
+    return MemoryImages(pixels, sizes=size[None], channels=reader.channels)
+
+
+def _hold_ragged(reader: Reader, *, limit: int, num_threads: int, bad: BadList) -> MemoryImages:
+    """Read all sizes, then decode into one flat array. Raises TooLarge as soon as the sizes sum up to it."""
+    sizes = np.zeros((len(reader.source), 2), np.int64)
+    lock, total = threading.Lock(), 0
+
+    def measure(index: int) -> None:
+        nonlocal total
+        sizes[index] = size = reader.open(index)[1]
+        with lock:
+            total += size[0] * size[1] * reader.channels
+            if total > limit:
+                raise TooLarge
+
+    _for_each(measure, reader, num_threads=num_threads, bad=bad)
+    memory = MemoryImages(
+        np.empty(int(sizes.prod(axis=1).sum()) * reader.channels, np.uint8), sizes=sizes, channels=reader.channels
+    )
+
+    def keep(index: int) -> None:
+        memory.image(index)[:] = reader.decode(index, *reader.open(index))
+
+    _for_each(keep, reader, num_threads=num_threads, bad=bad)
+    return memory
+
+
+class _ForEach:
+    """A job that calls `action` with every image that is not known to be bad, and lists those that it fails on."""
+
+    def __init__(self, action: Callable[[int], None], reader: Reader, bad: BadList):
+        size = len(reader.source)
+        self.chunks: Sequence[tuple[int, int]] = [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+        self.action, self.reader, self.bad = action, reader, bad
+
+    def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
+        for index in range(start, stop):
+            if should_stop():
+                return
+            if index in self.bad.messages:
+                continue
+            try:
+                self.action(index)
+            except UNREADABLE as error:
+                self.bad.add(index, error)
+
+    def finish(self) -> None:
+        return None
+
+
+def _for_each(action: Callable[[int], None], reader: Reader, *, num_threads: int, bad: BadList) -> None:
+    with Crew(num_threads) as crew:
+        crew.wait(crew.submit(_ForEach(action, reader, bad)))

@@ -1,0 +1,53 @@
+"""One image of a source, decoded: what may fail is named once, here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ssl.data.decode import DecodeError, decode, image_size
+
+if TYPE_CHECKING:
+    from ssl.data.sources import Source
+
+# A file that has vanished or cannot be read counts as bad, like one that cannot be decoded.
+UNREADABLE = (DecodeError, OSError)
+
+
+class Reader:
+    """Reads images with a given number of channels; names the image where an error is no fault of its file."""
+
+    def __init__(self, source: Source, *, channels: int):
+        self.source = source
+        self.channels = channels
+
+    def open(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+        """An image as the source has it, and its (height, width) from the header. Raises DecodeError or OSError."""
+        try:
+            data = self.source.read(index)
+            return data, (data.shape[0], data.shape[1]) if isinstance(data, np.ndarray) else image_size(data)
+        except UNREADABLE:
+            raise
+        except Exception as error:
+            raise self._named(index, error) from error
+
+    def decode(self, index: int, data: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The pixels, uint8 (H, W, C). Raises DecodeError, also where the header promised another size."""
+        try:
+            image = data if isinstance(data, np.ndarray) else decode(data, self.channels)
+        except UNREADABLE:
+            raise
+        except Exception as error:
+            raise self._named(index, error) from error
+        if image.shape[2] != self.channels:
+            raise ValueError(
+                f"{self.source.describe(index)} has {image.shape[2]} channels, data.channels={self.channels}; "
+                f"set data.channels={image.shape[2]}"
+            )
+        if image.shape[:2] != size:
+            raise DecodeError(f"the header tells {size[0]}x{size[1]} pixels, the image has {image.shape[:2]}")
+        return image
+
+    def _named(self, index: int, error: Exception) -> RuntimeError:
+        return RuntimeError(f"reading {self.source.describe(index)}: {type(error).__name__}: {error}")
