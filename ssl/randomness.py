@@ -1,7 +1,8 @@
 """Every random number of a view, a mask or an order, as a pure function of (seed, epoch, image index, use).
 
 Nothing is drawn in sequence and nothing is stored, so workers, threads, ranks, batch composition and resumed runs
-cannot change a view. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+cannot change a view. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3").
 """
 
 from __future__ import annotations
