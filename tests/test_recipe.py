@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+from torch import nn
+
+from ssl.optim import make_optimizer, parameter_groups
+from ssl.recipe import batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table, save_recipe
+from ssl.schedules import make_schedule
+
+
+def test_batch_arithmetic_reads_as_a_product():
+    batches = batch_arithmetic(4096, world_size=8, device_batch_size=128)
+    assert (batches.device_batch_size, batches.accumulation) == (128, 4)
+    assert str(batches) == "global batch 4096 = 8 ranks x 128 images x 4 accumulation steps"
+    assert str(batch_arithmetic(1, world_size=1)) == "global batch 1 = 1 rank x 1 image x 1 accumulation step"
+
+
+def test_device_batch_is_the_share_unless_given_and_never_more():
+    assert batch_arithmetic(256, world_size=2).device_batch_size == 128
+    assert batch_arithmetic(256, world_size=4, device_batch_size=100000).device_batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"global_batch_size": 100, "world_size": 8}, "multiple of 8, such as 96 or 104"),
+        ({"global_batch_size": 3, "world_size": 8}, "multiple of 8, such as 8"),
+        ({"global_batch_size": 24, "world_size": 2, "device_batch_size": 5}, "12 images .*it may be 1, 2, 3, 4, 6, 12"),
+        ({"global_batch_size": 0, "world_size": 1}, "at least 1, got 0"),
+        ({"global_batch_size": 8, "world_size": 1, "device_batch_size": 0}, "at least 1, or null"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_what_would(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batch_arithmetic(arguments.pop("global_batch_size"), **arguments)
+
+
+def test_lr_line_is_the_arithmetic():
+    line = lr_arithmetic(1.5e-4, global_batch_size=4096, scaling="linear")
+    assert line == "lr 2.4e-3 = base_lr 1.5e-4 x 4096 / 256 (linear)"
+    assert lr_arithmetic(0.075, global_batch_size=4096, scaling="sqrt") == "lr 4.8 = base_lr 0.075 x sqrt(4096) (sqrt)"
+    assert lr_arithmetic(0.5, global_batch_size=8, scaling="none") == "lr 0.5 = base_lr 0.5 (not scaled with the batch)"
+
+
+class Finetuning(nn.Module):
+    def __init__(self, drop_path: float = 0.0):
+        super().__init__()
+        self.backbone = timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=3,
+            num_heads=2,
+            num_classes=0,
+            drop_path_rate=drop_path,
+        )
+        self.head = nn.Linear(24, 10)
+
+
+def rows_of(method, name="adamw", layer_decay=None):
+    groups = parameter_groups(method, weight_decay=0.05, layer_decay=layer_decay)
+    return effective_recipe(make_optimizer(groups, name=name, lr=1e-3), method, lr=1e-3)
+
+
+def test_rows_count_every_parameter_once_and_survive_json():
+    method = Finetuning(0.1)
+    rows = rows_of(method, layer_decay=0.5)
+    assert sum(row["parameters"] for row in rows) == sum(parameter.numel() for parameter in method.parameters())
+    assert sum(row["tensors"] for row in rows) == len(list(method.parameters()))
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_rows_tell_the_actual_rate_decay_and_drop_path_of_each_layer():
+    rows = {(row["layer"], row["weight_decay"]): row for row in rows_of(Finetuning(0.1), layer_decay=0.5)}
+    assert rows[4, 0.05]["parts"] == ["head"]
+    assert rows[4, 0.05]["lr"] == pytest.approx(1e-3)
+    assert rows[3, 0.05]["lr"] == pytest.approx(5e-4)
+    assert rows[3, 0.05]["drop_path"] == pytest.approx([0.1, 0.1])
+    assert rows[2, 0.0]["drop_path"] == pytest.approx([0.05, 0.05])
+    assert rows[1, 0.0]["drop_path"] is None  # timm's first block drops nothing
+    assert rows[4, 0.0]["drop_path"] is None
+
+
+def test_table_shows_a_line_per_group_and_only_columns_that_say_something():
+    plain = recipe_table(rows_of(Finetuning())).splitlines()
+    assert len(plain) == 3
+    assert "layer factor" not in plain[0]
+    assert "drop path" not in plain[0]
+    full = recipe_table(rows_of(Finetuning(0.1), layer_decay=0.5))
+    assert "layer factor" in full
+    assert "0.05" in full
+    lars = recipe_table(rows_of(Finetuning(), name="lars")).splitlines()
+    assert "trust ratio" in lars[0]
+    assert [("yes" in line, " no" in line) for line in lars[1:]] == [(True, False), (False, True)]
+    assert len({len(line) for line in full.splitlines()}) == 1
+
+
+def test_accumulation_with_batchnorm_is_said():
+    batches = batch_arithmetic(16, world_size=2, device_batch_size=4)
+    text = batches.describe(True, nn.BatchNorm1d(2))
+    assert "per part (8 images" in text
+    assert "all images of the global batch" in text
+    assert batches.describe(False, nn.Linear(2, 2)) == str(batches)
+    whole = batch_arithmetic(16, world_size=2)
+    assert whole.describe(True, nn.BatchNorm1d(2)) == str(whole)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_saved_recipe_is_json_with_the_peak_rate_and_every_group(tmp_path, name):
+    method = Finetuning(0.1)
+    optimizer = make_optimizer(parameter_groups(method, weight_decay=0.05), name=name, lr=2.4e-3)
+    text = save_recipe(tmp_path, optimizer, method, schedule=make_schedule("cosine", steps_per_epoch=5, total_steps=50))
+    saved = json.loads((tmp_path / "recipe.json").read_text())
+    assert saved["lr"] == 2.4e-3
+    assert len(saved["groups"]) == 2
+    assert saved["schedule"]["warmup_steps"] == 5
+    assert "peak lr 2.4e-3" in text
