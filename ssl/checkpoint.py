@@ -1,0 +1,355 @@
+"""Checkpoints that describe themselves and run no code.
+
+A checkpoint is a folder, `checkpoints/step_00001234/`:
+
+    model.safetensors      the backbone, under timm's own keys
+    config.json            timm's own description: `timm.create_model("local-dir:<folder>", pretrained=True)` loads it
+    method.safetensors     what only pretraining needs: projector, decoder, head
+    ema.safetensors        the moving average of both, where the run keeps one
+    optimizer.safetensors  its state, by parameter name
+    run.yaml               the resolved config of the run
+    state.json             step, epoch, data card, and the SHA-256 of every other file
+
+It is written under a temporary name, synced to disk, then renamed: a folder with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssl.models.backbones import BackboneSpec, backbone_from_spec
+
+FORMAT = 1
+FOLDER = re.compile(r"step_(\d{8,})")
+
+
+@dataclass
+class LoadedBackbone:
+    """A pretrained backbone in eval mode, and what its checkpoint says of itself."""
+
+    model: nn.Module
+    spec: BackboneSpec
+    config: dict[str, Any]
+    step: int
+    hash: str
+    path: Path
+    mean: list[float]
+    std: list[float]
+    run_dir: Path
+    weights: str
+    """`model`, or `ema` where the run kept a moving average: that is what is evaluated then."""
+
+
+def save(
+    run_dir: Path,
+    *,
+    step: int,
+    method: nn.Module,
+    spec: BackboneSpec,
+    optimizer_tensors: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    config_yaml: str,
+    state: Mapping[str, Any],
+    mean: list[float],
+    std: list[float],
+) -> Path:
+    """Write the checkpoint of `step` whole or not at all; returns its folder.
+
+    Raises OSError with advice where it cannot.
+    """
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    partial = final.with_name(f".partial_{final.name}")
+    backbone, rest = _split_backbone(method.state_dict())
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _save_tensors(backbone, partial / "model.safetensors")
+        _save_tensors(rest, partial / "method.safetensors")
+        _save_tensors(optimizer_tensors, partial / "optimizer.safetensors")
+        if ema is not None:
+            _save_tensors(ema, partial / "ema.safetensors")
+        (partial / "run.yaml").write_text(config_yaml)
+        (partial / "config.json").write_text(json.dumps(timm_config(spec, mean=mean, std=std), indent=2) + "\n")
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        card = {
+            "format": FORMAT,
+            "step": step,
+            **state,
+            "backbone": spec.to_dict(),
+            "mean": mean,
+            "std": std,
+            "sha256": hashes,
+        }
+        (partial / "state.json").write_text(json.dumps(card, indent=2) + "\n")
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 2**20 if run_dir.exists() else 0.0
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {final.parent}: {error} "
+            f"({free:,.0f} MiB free there). Earlier checkpoints are whole; make room or give another out=, then run the same command again"
+        ) from error
+    return final
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> None:
+    """Remove all but the last `keep_last` checkpoints and those at multiples of `keep_every_steps`."""
+    folders = steps_saved(run_dir)
+    for step, folder in folders[: max(len(folders) - keep_last, 0)]:
+        if not (keep_every_steps and step % keep_every_steps == 0):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def steps_saved(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint in a run folder, oldest first."""
+    found = []
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        match = FOLDER.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match.group(1)), folder))
+    return sorted(found)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder that `ckpt=path` means: the last one of a run folder, or the folder itself.
+
+    Raises ValueError where there is none, saying what was looked for.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        path = path.parent
+    if not path.exists():
+        raise ValueError(f"ckpt={path} does not exist; give a run folder (runs/...), or a checkpoint inside it")
+    if (path / "state.json").exists():
+        return path
+    run_dir = path.parent if path.name == "checkpoints" else path
+    saved = steps_saved(run_dir)
+    if saved:
+        return saved[-1][1]
+    if (path / "config.json").exists() and (path / "model.safetensors").exists():
+        return path  # an export, or a timm folder
+    raise ValueError(
+        f"ckpt={path} holds no checkpoint: looked for checkpoints/step_*/ and for model.safetensors with config.json; "
+        "give a run folder that python -m ssl.pretrain has written"
+    )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The card of a checkpoint. Raises ValueError where it is not one of ours or is damaged."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a whole checkpoint: state.json cannot be read ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        got = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{folder} has checkpoint format {got!r}; this version reads format {FORMAT}")
+    return state
+
+
+def verify(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every file of the checkpoint has the content that was written."""
+    for name, digest in state["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if _sha256(path) != digest:
+            raise ValueError(f"{folder} is damaged: {name} is not what was written ({path.stat().st_size:,} bytes now)")
+
+
+def resume(
+    run_dir: Path,
+    *,
+    method: nn.Module,
+    ema: dict[str, Tensor] | None,
+    check: Callable[[Path], None],
+    warn: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Load the newest whole checkpoint of a run into `method` and `ema`; returns its card and the optimizer's tensors.
+
+    A damaged one is skipped, named through `warn`, for the one before. None where the run has no checkpoint at all;
+    ValueError where it has some and none is whole: a run never starts again from step 0 in silence. `check` may refuse
+    a checkpoint's recipe.
+    """
+    saved = steps_saved(run_dir)
+    problems = []
+    for _, folder in reversed(saved):
+        try:
+            state = read_state(folder)
+            verify(folder, state)
+        except ValueError as error:
+            problems.append(str(error))
+            warn(f"skipping a checkpoint: {error}")
+            continue
+        check(folder)
+        backbone = _load_tensors(folder / "model.safetensors")
+        rest = _load_tensors(folder / "method.safetensors")
+        _load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
+        if ema is not None:
+            if not (folder / "ema.safetensors").exists():
+                raise ValueError(f"{folder} holds no moving average; it was made without trainer.ema_decay")
+            _match_keys(ema.keys(), averages := _load_tensors(folder / "ema.safetensors"), folder)
+            for name, tensor in averages.items():
+                ema[name].copy_(tensor)
+        return state, _load_tensors(folder / "optimizer.safetensors")
+    if problems:
+        raise ValueError(
+            f"{run_dir} has checkpoints, and none is whole:\n  "
+            + "\n  ".join(problems)
+            + "\nTo start again, give another out= or remove it"
+        )
+    return None
+
+
+def load_backbone(ckpt: str | Path) -> LoadedBackbone:
+    """The backbone of a run folder, a checkpoint or an export, in eval mode on the CPU.
+
+    Raises ValueError where there is none, or where it is damaged, foreign, or has keys missing or left over.
+    """
+    folder = find(ckpt)
+    if not (folder / "state.json").exists():
+        return _load_export(folder)
+    state = read_state(folder)
+    verify(folder, state)
+    spec = BackboneSpec.from_dict(state["backbone"])
+    model = backbone_from_spec(spec)
+    weights = "ema" if (folder / "ema.safetensors").exists() else "model"
+    if weights == "ema":
+        tensors, _ = _split_backbone(_load_tensors(folder / "ema.safetensors"))
+    else:
+        tensors = _load_tensors(folder / "model.safetensors")
+    _load_strictly(model, tensors, folder)
+    config = OmegaConf.to_container(OmegaConf.create((folder / "run.yaml").read_text()))
+    assert isinstance(config, dict)
+    return LoadedBackbone(
+        model=model.eval(),
+        spec=spec,
+        config={str(key): value for key, value in config.items()},
+        step=state["step"],
+        hash=state["sha256"][f"{weights}.safetensors"],
+        path=folder,
+        mean=state["mean"],
+        std=state["std"],
+        run_dir=folder.parent.parent,
+        weights=weights,
+    )
+
+
+def export(loaded: LoadedBackbone, out: Path) -> Path:
+    """Write a folder that timm loads with no trace of this package: model.safetensors and config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    _save_tensors(loaded.model.state_dict(), out / "model.safetensors")
+    card = timm_config(loaded.spec, mean=loaded.mean, std=loaded.std)
+    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+    return out
+
+
+def timm_config(spec: BackboneSpec, *, mean: list[float], std: list[float]) -> dict[str, Any]:
+    """config.json as timm's `local-dir:` reads it. `ssl_backbone` is ours: timm passes over it."""
+    height, width = spec.image_size
+    return {
+        "architecture": spec.architecture,
+        "num_classes": 0,
+        "model_args": {**spec.model_args, "in_chans": spec.in_chans},
+        "pretrained_cfg": {
+            "input_size": [spec.in_chans, height, width],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bicubic",
+            "num_classes": 0,
+        },
+        "ssl_backbone": spec.to_dict(),
+    }
+
+
+def _load_export(folder: Path) -> LoadedBackbone:
+    try:
+        card = json.loads((folder / "config.json").read_text())
+        spec = BackboneSpec.from_dict(card["ssl_backbone"])
+        mean, std = list(card["pretrained_cfg"]["mean"]), list(card["pretrained_cfg"]["std"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"ckpt={folder} is not an export of this toolkit: config.json says no backbone ({error!r})"
+        ) from error
+    model = backbone_from_spec(spec)
+    _load_strictly(model, _load_tensors(folder / "model.safetensors"), folder)
+    digest = _sha256(folder / "model.safetensors")
+    return LoadedBackbone(model.eval(), spec, {}, 0, digest, folder, mean, std, folder, "model")
+
+
+def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A method's tensors as (the backbone's under timm's keys, all others)."""
+    prefix = "backbone."
+    backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return backbone, {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    own = module.state_dict()
+    _match_keys(own.keys(), tensors, folder)
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{folder} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model"
+            )
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def _match_keys(own: Any, given: Mapping[str, Tensor], folder: Path) -> None:
+    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or extra:
+        raise ValueError(
+            f"{folder} does not fit: {len(missing)} tensors are missing from it ({_few(missing)}), "
+            f"{len(extra)} are left over ({_few(extra)}); was it made with another method or model?"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it is truncated or not a safetensors file") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,240 @@
+"""Typed schemas of what users set, and how a `_target_` in a config becomes an object.
+
+Values that users only set (trainer, loader, schedule, optimizer...) are dataclasses, so that a misspelt key or a wrong
+type is refused before any device is touched. Parts that users add (methods, data sources) are named by `_target_`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+
+
+class Precision(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ScheduleName(Enum):
+    cosine = "cosine"
+    step = "step"
+    exponential = "exponential"
+    constant = "constant"
+
+
+class Scaling(Enum):
+    linear = "linear"
+    sqrt = "sqrt"
+    none = "none"
+
+
+class Stem(Enum):
+    auto = "auto"
+    small = "small"
+    standard = "standard"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    patch_size: int | None = None
+    stem: Stem = Stem.auto
+    drop_path: float = 0.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str | None = None
+    source: dict[str, Any] = MISSING
+    limit: int | None = None
+    image_size: Any = None  # pixels, or [height, width]
+    channels: int = 3
+    mean: list[float] = MISSING
+    std: list[float] = MISSING
+    max_bad_fraction: float = 0.01
+    in_memory_gib: float = 4.0
+
+
+@dataclass
+class AugmentConfig:
+    views: list[Any] = MISSING
+
+
+@dataclass
+class OptimConfig:
+    name: str = MISSING
+    base_lr: float = MISSING
+    scaling: Scaling = Scaling.linear
+    weight_decay: float = 0.0
+    layer_decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    name: ScheduleName = ScheduleName.cosine
+    warmup_epochs: float | None = None  # null: a tenth of the run
+    min_factor: float = 0.0  # of the peak lr, where cosine and exponential end
+    milestones: list[float] = field(default_factory=list)  # epochs, for `step`
+    gamma: float = 0.1  # factor at each milestone, for `step`
+
+
+@dataclass
+class TrainerConfig:
+    epochs: float | None = 100
+    steps: int | None = None  # cuts the run there; the schedule still spans `epochs`, unless that is null
+    global_batch_size: int = 256
+    device_batch_size: int | None = None  # images that a device takes at once; null: its whole share
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    clip_grad_norm: float | None = None
+    ema_decay: float | None = None
+    sync_batchnorm: bool = True
+    compile: bool = False
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 500
+    keep_last: int = 2
+    keep_every_steps: int | None = None  # checkpoints at multiples of this are never removed
+    pictures: bool = True  # views and reconstructions, at each checkpoint
+
+
+@dataclass
+class LoaderConfig:
+    threads: int | None = None  # null: the cores that this process may use
+    prefetch: int = 2  # batches made ahead
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.auto  # auto: offline where no API key is configured
+    project: str = "ssl"
+    name: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class PretrainConfig:
+    method: Any = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    augment: AugmentConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 0
+    out: str | None = None  # run folder; null: runs/<method>_<model>_<data>/seed<seed>
+    accept_changes: bool = False  # continue a run although its recipe was changed
+
+
+def register_schemas() -> None:
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+
+
+def build(node: Mapping[str, Any] | DictConfig, *, within: str | None = None, **runtime: Any) -> Any:
+    """Call what `_target_` names with the node's other values and `runtime`.
+
+    `within` limits targets to one package prefix: used for configs that were read from a checkpoint, which may come
+    from anyone.
+    """
+    container = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    assert isinstance(container, Mapping)
+    values = {str(key): value for key, value in container.items()}
+    target = values.pop("_target_", None)
+    if target is None:
+        raise ValueError(
+            f"a part needs `_target_`, the dotted name of a class or function; got the keys {sorted(values)}"
+        )
+    if within is not None and not str(target).startswith(within):
+        raise ValueError(
+            f"this config comes from a file and may only name parts of {within}*, got `_target_: {target}`"
+        )
+    return locate(str(target))(**values, **runtime)
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """The class or function of a dotted name. Raises ValueError where there is none."""
+    module_name, _, attribute = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`_target_: {target}` cannot be found ({error}); it must be package.module.Class, importable from the "
+            "folder in which the command runs or from PYTHONPATH"
+        ) from error
+
+
+def unknown_keys(config: DictConfig, schema: type) -> Iterator[str]:
+    """Keys that `+key=value` added and that nothing reads, as dotted names."""
+    known = {f.name: f for f in fields(schema)}
+    for key in config:
+        name = str(key)
+        if name not in known:
+            yield name
+            continue
+        if OmegaConf.is_missing(config, name):
+            continue
+        child_schema = OmegaConf.get_type(config, name)
+        child = config[name]
+        if isinstance(child, DictConfig) and isinstance(child_schema, type) and is_dataclass(child_schema):
+            yield from (f"{name}.{rest}" for rest in unknown_keys(child, child_schema))
+
+
+def check(config: DictConfig, schema: type) -> None:
+    """Raise ValueError on values that are required and missing, and on keys that nothing reads."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError("this must be given: " + ", ".join(f"{name}=..." for name in missing))
+    extra = sorted(unknown_keys(config, schema))
+    if extra:
+        names = sorted(f.name for f in fields(schema))
+        raise ValueError(f"nothing reads {', '.join(extra)}; the keys are {', '.join(names)}")
+
+
+def suggest(config: DictConfig, overrides: list[str]) -> str | None:
+    """For overrides whose key does not exist in `config`: the keys that do, nearest first; None where all exist."""
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        parts = key.split(".")
+        node: Any = config
+        for depth, part in enumerate(parts):
+            if not isinstance(node, DictConfig):
+                break
+            if part not in node:
+                keys = sorted(str(name) for name in node)
+                near = difflib.get_close_matches(part, keys, n=1)
+                where = ".".join(parts[:depth])
+                hint = f"did you mean {'.'.join([*parts[:depth], near[0]])}? " if near else ""
+                return f"{key} is not a setting: {hint}{where or 'the top level'} takes {', '.join(keys)}"
+            if OmegaConf.is_missing(node, part):
+                break
+            node = node[part]
+    return None

@@ -1,0 +1,346 @@
+"""`python -m ssl.pretrain method=mae model=vit_b`: pretrain a backbone on images.
+
+`run` is the table of contents of a run: each part is built in order from plain values; no config object goes deeper.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import ssl.checkpoint as checkpoint
+import ssl.distributed as distributed
+from ssl.command import choices, run_command, run_folder
+from ssl.config import PretrainConfig, build, check, register_schemas
+from ssl.data.augment import Augment
+from ssl.data.image_size import choose_image_size
+from ssl.data.loader import Loader
+from ssl.data.subset import limit
+from ssl.data.views import make_views
+from ssl.methods.base import Batch, Method
+from ssl.models.backbones import build_backbone
+from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
+from ssl.pictures import reconstruction_panel, views_panel
+from ssl.plan import averaged_copy, describe_plan
+from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
+from ssl.schedules import make_schedule
+from ssl.tracking import Tracker
+from ssl.trainer import Trainer, choose_dtype, dtype_name, to_device, total_steps
+
+log = logging.getLogger(__name__)
+
+FREE = (
+    "out",
+    "accept_changes",
+    "wandb",
+    "loader",
+    "trainer.steps",
+    "trainer.device",
+    "trainer.log_every_steps",
+    "trainer.checkpoint_every_steps",
+    "trainer.keep_last",
+    "trainer.keep_every_steps",
+    "trainer.pictures",
+    "trainer.compile",
+    "data.root",
+    "data.source.root",
+    "data.in_memory_gib",
+)
+"""Settings that may change between two starts of one run: they move none of its numbers."""
+
+
+def run(config: DictConfig, *, out: Path) -> dict[str, float]:
+    """Pretrain as `config` says, in the run folder `out`, from its last checkpoint if it has one; returns the last
+    metrics.
+    """
+    check(config, PretrainConfig)
+    settings = config.trainer
+    device = distributed.start(settings.device.name)
+    dtype = choose_dtype(settings.precision.name, device)
+    _open_run_folder(out)
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+    data = config.data
+    source = build(data.source, split="train")
+    if data.limit is not None:
+        source = limit(source, data.limit, seed=config.seed)
+    image_size = choose_image_size(_plain(data.image_size), source)
+
+    # ---- model and method ------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    backbone, spec = build_backbone(
+        config.model.name,
+        image_size=image_size,
+        in_chans=data.channels,
+        patch_size=config.model.patch_size,
+        stem=config.model.stem.name,
+        drop_path=config.model.drop_path,
+        model_args=_plain(config.model.args),
+    )
+    method: Method = build(config.method, backbone=backbone, image_size=image_size, in_chans=data.channels)
+    channels_last = any(
+        isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in backbone.modules()
+    )
+    method.to(device)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if settings.sync_batchnorm:
+        distributed.sync_batchnorm(method)
+    if device.type == "cpu":
+        _attend_by_matmul(method)
+
+    # ---- views -----------------------------------------------------------------------------------------------------
+    views = make_views(_plain(config.augment.views))
+    augment = Augment(views, mean=list(data.mean), std=list(data.std)).to(device)
+    loader = Loader(
+        source,
+        views,
+        size=method.view_size,
+        channels=data.channels,
+        seed=config.seed,
+        num_noise=method.num_noise,
+        threads=config.loader.threads,
+        in_memory_gib=data.in_memory_gib,
+        max_bad_fraction=data.max_bad_fraction,
+        prefetch=config.loader.prefetch,
+        pin_memory=device.type == "cuda",
+    )
+    global_batch_size = settings.global_batch_size
+    steps_per_epoch = loader.steps_per_epoch(global_batch_size)
+    span, stop_step = total_steps(epochs=settings.epochs, steps=settings.steps, steps_per_epoch=steps_per_epoch)
+
+    # ---- recipe ----------------------------------------------------------------------------------------------------
+    batch = batch_arithmetic(
+        global_batch_size, world_size=distributed.world_size(), device_batch_size=settings.device_batch_size
+    )
+    optim = config.optim
+    peak_lr = scaled_lr(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
+    groups = parameter_groups(method, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **_plain(optim.options))
+    schedule = make_schedule(
+        config.schedule.name.name,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=span,
+        warmup_epochs=config.schedule.warmup_epochs,
+        min_factor=config.schedule.min_factor,
+        milestones=_plain(config.schedule.milestones),
+        gamma=config.schedule.gamma,
+    )
+    ema = averaged_copy(method) if settings.ema_decay is not None else None
+
+    # ---- the past of this run --------------------------------------------------------------------------------------
+    config_yaml = OmegaConf.to_yaml(config, resolve=True)
+    resumed = checkpoint.resume(
+        out, method=method, ema=ema, warn=log.warning, check=lambda folder: _same_recipe(config, folder)
+    )
+    start_step = 0
+    if resumed is not None:
+        state, optimizer_tensors = resumed
+        tensors_to_state(optimizer, optimizer_tensors)
+        start_step = state["step"]
+
+    # ---- what this run will be, in words ---------------------------------------------------------------------------
+    main = distributed.is_main()
+    tracker = Tracker(
+        out,
+        config=_plain(config),
+        wandb_mode=config.wandb.mode.name,
+        wandb_project=config.wandb.project,
+        wandb_name=config.wandb.name or f"{out.parent.name}/{out.name}",
+        wandb_group=config.wandb.group,
+        total_steps=stop_step,
+        is_main=main,
+        resume_step=start_step,
+    )
+    few = _first_images(loader, device, count=8)
+    if main:
+        (out / "config.yaml").write_text(config_yaml)
+        rows = effective_recipe(optimizer, method, lr=peak_lr)
+        (out / "recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
+        arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
+        plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
+        announcement = [
+            f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
+            f"{loader.describe()}, views of {'x'.join(map(str, method.view_size))}",
+            f"{plan}; {dtype_name(dtype)} on {device}",
+            f"{batch}{_statistics_note(batch, method)}",
+            f"{arithmetic}; {schedule.describe()}",
+            recipe_table(rows),
+        ]
+        print("\n".join(announcement), flush=True)
+
+    # ---- train -----------------------------------------------------------------------------------------------------
+    latest: dict[str, float] = {}
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        latest.update(metrics)
+        tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
+
+    def on_save(step: int) -> None:
+        distributed.barrier()
+        if main:
+            checkpoint.save(
+                out,
+                step=step,
+                method=method,
+                spec=spec,
+                optimizer_tensors=state_to_tensors(optimizer),
+                ema=ema,
+                config_yaml=config_yaml,
+                state={
+                    "epoch": step / steps_per_epoch,
+                    "seed": config.seed,
+                    "num_images": len(source),
+                    "metrics": latest,
+                },
+                mean=list(data.mean),
+                std=list(data.std),
+            )
+            checkpoint.prune(out, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
+            if settings.pictures:
+                _show(tracker, step, method, augment, few, mean=list(data.mean), std=list(data.std))
+
+    trainer = Trainer(
+        method,
+        augment,
+        optimizer,
+        lr=lambda step: peak_lr * schedule.factor(step),
+        set_lr=set_lr,
+        device=device,
+        dtype=dtype,
+        seed=config.seed,
+        accumulation=batch.accumulation,
+        clip_grad_norm=settings.clip_grad_norm,
+        ema=ema,
+        ema_decay=settings.ema_decay or 0.0,
+        channels_last=channels_last,
+        compile=settings.compile,
+        log_every_steps=settings.log_every_steps,
+        checkpoint_every_steps=settings.checkpoint_every_steps,
+        log=on_log,
+        save=on_save,
+        last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
+    )
+    try:
+        with loader:
+            batches = loader.batches(
+                start_step=start_step,
+                stop_step=stop_step,
+                global_batch_size=global_batch_size,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+            )
+            trainer.fit(batches, start_step=start_step, stop_step=stop_step, global_batch_size=global_batch_size)
+        if main:
+            was = "was already complete" if start_step >= stop_step else "is complete"
+            print(f"the run {was} at step {stop_step}: {out}\nnext: python -m eval.knn ckpt={out}", flush=True)
+    finally:
+        tracker.close()
+        distributed.stop()
+    return latest
+
+
+def main() -> None:
+    """The command line."""
+    register_schemas()
+    run_command(_task, config_name="pretrain")
+
+
+def _task(config: DictConfig) -> dict[str, float]:
+    chosen = choices()
+    default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
+    return run(config, out=run_folder(default, config.out))
+
+
+def _plain(node: Any) -> Any:
+    """A config node as dicts, lists and plain values."""
+    return OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node
+
+
+def _open_run_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the run folder out={out} cannot be made: {error.strerror}; give another out=") from error
+    if not os.access(out, os.W_OK):
+        raise OSError(f"the run folder out={out} is not writable; give another out=")
+
+
+def _same_recipe(config: DictConfig, folder: Path) -> None:
+    """Raise ValueError with the differences where the run in `folder` was made by another recipe, unless that was
+    asked for.
+    """
+    if config.accept_changes:
+        return
+    before = _flat(_plain(OmegaConf.create((folder / "run.yaml").read_text())))
+    now = _flat(_plain(config))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder.parent.parent} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another out= for a new run, or accept_changes=true to continue this one under the new recipe"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    return {
+        k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _attend_by_matmul(method: Method) -> None:
+    """On the CPU timm's plain matrix products beat the fused attention kernel in bf16."""
+    for module in method.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # pyright: ignore
+
+
+def _statistics_note(batch: BatchArithmetic, method: Method) -> str:
+    norms = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    if batch.accumulation == 1 or not norms:
+        return ""
+    return f"; BatchNorm's statistics are those of each part of {batch.device_batch_size} images"
+
+
+def _first_images(loader: Loader, device: torch.device, *, count: int) -> Batch:
+    """The first images of the set, as the method sees them in epoch 0."""
+    batches = loader.sequential(batch_size=min(count, len(loader)))
+    batch = next(iter(batches))
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    return to_device(batch, device)
+
+
+def _show(
+    tracker: Tracker, step: int, method: Method, augment: Augment, few: Batch, *, mean: list[float], std: list[float]
+) -> None:
+    """Pictures of what the method sees, and of what it makes of it where it makes something."""
+    with torch.no_grad():
+        batch = augment(few)
+    tracker.images(step, "views", views_panel(batch["views"], mean=mean, std=std))
+    reconstruct = getattr(method, "reconstruct", None)
+    if reconstruct is not None:
+        with torch.no_grad():
+            tracker.images(
+                step,
+                "reconstructions",
+                reconstruction_panel(reconstruct(batch["views"][0], batch["noise"]), mean=mean, std=std),
+            )
+
+
+if __name__ == "__main__":
+    main()
