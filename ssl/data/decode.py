@@ -32,8 +32,9 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
     """The pixels of an encoded image, uint8 (H, W, C), upright by its EXIF orientation.
 
     Three channels are RGB, one is luma (ITU-R 601). Alpha is dropped as Pillow's `convert("RGB")` drops it, palettes
-    and CMYK are resolved, 16-bit gray is scaled to 8 bits, and of an animation the first frame is taken. Raises DecodeError
-    for anything else, a truncated file and an image above `MAX_PIXELS` included, and ValueError for other `channels`.
+    and CMYK are resolved, 16-bit gray is scaled to 8 bits, and of an animation the first frame is taken. Raises
+    DecodeError for anything else, a truncated file and an image above `MAX_PIXELS` included, and ValueError for other
+    `channels`.
     """
     if channels not in _MODES:
         raise ValueError(

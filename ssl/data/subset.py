@@ -1,0 +1,90 @@
+"""Some of a source's images: a limit on their number, or a slice held out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ssl.data.sources import Source
+from ssl.randomness import uniforms
+
+
+class Subset:
+    """The images of `source` at `indices`, in that order. ValueError for indices that it does not have."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.indices = np.asarray(indices, np.int64)  # (N,)
+        if self.indices.ndim != 1 or not self.indices.size:
+            raise ValueError(f"a subset of {source.name} needs a list of at least one index, got {self.indices.shape}")
+        if self.indices.min() < 0 or self.indices.max() >= len(source):
+            raise ValueError(
+                f"indices into {source.name} must lie in 0..{len(source) - 1}, "
+                f"got {self.indices.min()}..{self.indices.max()}"
+            )
+        self.source = source
+        self.name = f"{source.name}, {len(self.indices)} of {len(source)}"
+        self.labels = source.labels[self.indices]
+        self.classes = source.classes
+        self.num_ignored = source.num_ignored
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+
+def limit(source: Source, count: int | None, seed: int = 0) -> Source:
+    """`count` images of `source`, seeded and balanced over its classes; `source` itself where it has no more.
+
+    A larger count with the same seed keeps the images of a smaller one. Raises ValueError for counts below 1.
+    """
+    if count is None:
+        return source
+    if count < 1:
+        raise ValueError(f"data.limit must be at least 1 image, got {count}; leave it out to use all {len(source)}")
+    if count >= len(source):
+        return source
+    order = _balanced_order(source.labels, seed, "limit")
+    return Subset(source, np.sort(order[:count]))
+
+
+def split_held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (kept, held_out): `fraction` of each class is held out, at least one image of each class of two.
+
+    Raises ValueError for fractions outside (0, 1) and where nothing would be held out or kept.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
+    labels = np.asarray(labels)
+    order, rank = _ranks(labels, seed, "held out")
+    sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    size = sizes[2][sizes[1]]  # (N,) images of each image's class
+    number = np.where(size > 1, np.clip(np.round(fraction * size), 1, np.maximum(size - 1, 1)), 0)
+    out = np.zeros(len(labels), bool)
+    out[order] = rank[order] < number[order]
+    if not out.any() or out.all():
+        raise ValueError(
+            f"cannot hold out {fraction} of {len(labels)} images in {len(sizes[0])} classes: "
+            "at least one class needs two images or more"
+        )
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def _balanced_order(labels: np.ndarray, seed: int, use: str) -> np.ndarray:
+    """A random order of which each prefix holds equally many of each class, as far as they go."""
+    order, rank = _ranks(labels, seed, use)
+    return order[np.argsort(rank[order], kind="stable")]
+
+
+def _ranks(labels: np.ndarray, seed: int, use: str) -> tuple[np.ndarray, np.ndarray]:
+    """A random order of the images, and each image's place (N,) in it among those of its own class."""
+    order = np.argsort(uniforms(seed, 0, np.arange(len(labels)), use, 1)[:, 0], kind="stable")
+    by_class = order[np.argsort(labels[order], kind="stable")]  # random within each class, classes one behind another
+    values = labels[by_class]
+    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # where each class begins
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - np.repeat(first, np.diff(np.r_[first, len(labels)]))
+    return order, rank
