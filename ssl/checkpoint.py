@@ -107,7 +107,8 @@ def save(
         free = shutil.disk_usage(run_dir).free / 2**20 if run_dir.exists() else 0.0
         raise OSError(
             f"the checkpoint of step {step} could not be written to {final.parent}: {error} "
-            f"({free:,.0f} MiB free there). Earlier checkpoints are whole; make room or give another out=, then run the same command again"
+            f"({free:,.0f} MiB free there). Earlier checkpoints are whole; make room "
+            "or give another out=, then run the same command again"
         ) from error
     return final
 

@@ -214,8 +214,9 @@ class Trainer:
             step = pending[at][0]
             raise NotFinite(
                 f"the loss is {losses[at].item()} at step {step} (lr {self.lr(step - 1):.3g}, "
-                f"{dtype_name(self.dtype)}); nothing of it was saved. Last good checkpoint: {self.last_saved()}. Try a lower optim.base_lr, "
-                "a longer schedule.warmup_epochs, trainer.clip_grad_norm=1, or trainer.precision=fp32"
+                f"{dtype_name(self.dtype)}); nothing of it was saved. Last good checkpoint: "
+                f"{self.last_saved()}. Try a lower optim.base_lr, a longer schedule.warmup_epochs, "
+                "trainer.clip_grad_norm=1, or trainer.precision=fp32"
             )
         return dict(zip(names, rows.mean(dim=0).tolist(), strict=True))
 
