@@ -156,7 +156,7 @@ def _paint(image: np.ndarray, distance: np.ndarray, pixel: np.float32, colour: n
 
 
 def _noise_tile(seed: int) -> np.ndarray:
-    """Gaussian noise (side, side, 3), of which each image takes a window; drawn per image it would take most of the time."""
+    """Gaussian noise (side, side, 3), of which each image takes a window; drawing it per image would cost too much."""
     count = _NOISE_SIDE * _NOISE_SIDE * 3
     numbers = uniforms(seed, 0, np.arange(2), "embedded noise", count)  # (2, count)
     normal = np.sqrt(-2 * np.log(1 - numbers[0])) * np.cos(2 * np.pi * numbers[1])  # Box and Muller

@@ -1,0 +1,286 @@
+"""Parquet tables of encoded images, in Hugging Face's layout or with a plain column of bytes."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import re
+import threading
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ssl.data.folder import few
+from ssl.data.sources import UNLABELLED, check_split
+
+logger = logging.getLogger(__name__)
+
+_SPLIT_NAME = re.compile(r"(train|test|validation|valid|val)(?![a-z])", re.IGNORECASE)
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "bytes")
+_LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls")
+
+
+class Parquet:
+    """The rows of one or many parquet files below `root`: a folder, a file, or a glob.
+
+    The split is read from the beginning of a file's name, or of its folder's: `train*`; `test*`, else `validation*` or
+    `val*`. Where no name tells, all files are train. Images stand in a column of structs {bytes, path} or of bytes.
+    Labels are integers, named by Hugging Face's metadata where present, or text, numbered in the sorted order of train's.
+
+    A row group is read when the first of its images is, and up to `held_gib` of them are kept, encoded. Raises
+    ValueError for paths, splits, columns and files that do not fit.
+    """
+
+    num_ignored = 0
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        root: str | Path,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        held_gib: float = 8.0,
+    ) -> None:
+        check_split(split)
+        files = find_files(root)
+        paths = files_of_split(files, split, root)
+        self.name = f"parquet {root} ({split})"
+        self._files = [_open(path) for path in paths]
+        schema = self._files[0].schema_arrow
+        self.image_column = _image_column(schema, image_column, paths[0])
+        label = _label_column(schema, label_column, paths[0])
+        for path, file in zip(paths, self._files):
+            for column in (self.image_column, label):
+                if column is not None and column not in file.schema_arrow.names:
+                    raise ValueError(f"{path} lacks the column {column!r} of {paths[0]}: {_columns(file.schema_arrow)}")
+        self._paths = paths
+        groups = [(f, g) for f, file in enumerate(self._files) for g in range(file.num_row_groups)]
+        sizes = [self._files[f].metadata.row_group(g).num_rows for f, g in groups]
+        self._groups, self._starts = groups, [0, *accumulate(sizes)]  # G, G+1
+        if not self._starts[-1]:
+            raise ValueError(f"{root} has no rows in its {split} split ({few([str(path) for path in paths])})")
+        self.labels, self.classes = np.full(len(self), UNLABELLED, np.int64), None
+        if label is not None:
+            train = files_of_split(files, "train", root) if split == "test" and _is_text(schema, label) else None
+            self.labels, self.classes = _labels(self._files, label, _feature_names(schema, label), train)
+        if split == "test" and (self.labels == UNLABELLED).all():
+            raise ValueError(
+                f"the test split in {few([str(path) for path in paths])} has no labels; "
+                f"its columns: {_columns(schema)}; name another one with data.source.label_column"
+            )
+        self._held: dict[int, _Group] = {}
+        self._held_bytes = int(held_gib * 2**30)
+        self._lock = threading.Lock()
+        stored = sum(self._group_bytes(number) for number in range(len(groups)))
+        if stored > self._held_bytes:
+            logger.warning(
+                "%s: its %.1f GiB are more than the %.1f of data.source.held_gib, so row groups are read again and "
+                "again, which is slow in random order; image files in folders (data=folder) are not",
+                *(self.name, stored / 2**30, held_gib),
+            )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, index: int) -> bytes:
+        """The encoded image; empty where the row has none."""
+        group = bisect_right(self._starts, index) - 1
+        return self._group(group)[index - self._starts[group]]
+
+    def describe(self, index: int) -> str:
+        """The file and the row in it."""
+        group = bisect_right(self._starts, index) - 1
+        file, _ = self._groups[group]
+        first = next(start for (f, _), start in zip(self._groups, self._starts) if f == file)
+        return f"{self._paths[file]} row {index - first}"
+
+    def _group(self, number: int) -> _Group:
+        held = self._held.get(number)
+        if held is None:
+            with self._lock:  # a ParquetFile must not be read by two threads at once
+                held = self._held.get(number) or self._read_group(number)
+                self._held[number] = held
+                while len(self._held) > 1 and sum(map(self._group_bytes, self._held)) > self._held_bytes:
+                    del self._held[next(iter(self._held))]  # the one read first
+        return held
+
+    def _read_group(self, number: int) -> _Group:
+        file, group = self._groups[number]
+        try:
+            column = self._files[file].read_row_group(group, columns=[self._leaf(file)]).column(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{self._paths[file]} is damaged in row group {group}: {error}") from error
+        return _Group(column.flatten()[0] if pa.types.is_struct(column.type) else column)
+
+    def _leaf(self, file: int) -> str:
+        """The bytes alone, not the struct's path."""
+        is_struct = pa.types.is_struct(self._files[file].schema_arrow.field(self.image_column).type)
+        return f"{self.image_column}.bytes" if is_struct else self.image_column
+
+    def _group_bytes(self, number: int) -> int:
+        file, group = self._groups[number]
+        row_group, leaf = self._files[file].metadata.row_group(group), self._leaf(file)
+        columns = (row_group.column(place) for place in range(row_group.num_columns))
+        return next(column.total_uncompressed_size for column in columns if column.path_in_schema == leaf)
+
+
+class _Group:
+    """The images of one row group, as Arrow's own buffers."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._parts = []
+        self._starts = [0]
+        for chunk in column.chunks:
+            if not len(chunk):
+                continue
+            kind = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+            _, ends, data = chunk.buffers()
+            ends = np.frombuffer(ends, kind, len(chunk) + 1, chunk.offset * np.dtype(kind).itemsize)
+            self._parts.append((ends, memoryview(data) if data is not None else memoryview(b"")))
+            self._starts.append(self._starts[-1] + len(chunk))
+
+    def __getitem__(self, row: int) -> bytes:
+        part = bisect_right(self._starts, row) - 1
+        (ends, data), row = self._parts[part], row - self._starts[part]
+        return bytes(data[ends[row] : ends[row + 1]])
+
+
+def find_files(root: str | Path) -> list[Path]:
+    """Sorted parquet files at a path: a folder (any depth), a file, or a glob. ValueError where there is none."""
+    path = Path(root).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"data.root={root} holds no *.parquet file; image files are read with data=folder")
+        return files
+    if path.is_file():
+        return [path]
+    if glob.has_magic(str(path)):
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        if not files:
+            raise ValueError(f"no file matches data.root={root}")
+        return files
+    nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
+    raise ValueError(f"data.root={root} does not exist; the nearest folder that does is {nearest}")
+
+
+def files_of_split(files: list[Path], split: str, root: str | Path) -> list[Path]:
+    """Those files whose names say `split`; all are train where no name says anything. ValueError where none is left."""
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        named.setdefault(_split_of(file), []).append(file)
+    wanted = ("train",) if split == "train" else ("test", "validation", "valid", "val")
+    for name in wanted:
+        if name in named:
+            return named[name]
+    if split == "train" and list(named) == [""]:
+        return files
+    raise ValueError(
+        f"no {split} split in {root}: found {few([file.name for file in files])}; wanted is a file named "
+        f"{' or '.join(f'{name}*.parquet' for name in wanted)}"
+    )
+
+
+def _split_of(file: Path) -> str:
+    for name in (file.name, file.parent.name):
+        match = _SPLIT_NAME.match(name)
+        if match:
+            return match[1].lower()
+    return ""
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} cannot be read as parquet, it is truncated or something else: {error}") from error
+
+
+def _image_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
+    fitting = [field.name for field in schema if _holds_bytes(field.type)]
+    if wanted is not None:
+        if wanted not in fitting:
+            raise ValueError(f"{path} has no column {wanted!r} of image bytes; its columns: {_columns(schema)}")
+        return wanted
+    if not fitting:
+        raise ValueError(
+            f"{path} has no image column, that is a struct {{bytes, path}} or binary; its columns: {_columns(schema)}"
+        )
+    return next((name for name in _IMAGE_NAMES if name in fitting), fitting[0])
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _label_column(schema: pa.Schema, wanted: str | None, path: Path) -> str | None:
+    def fits(name: str) -> bool:
+        kind = schema.field(name).type
+        return pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(schema, name)
+
+    if wanted is not None:
+        if wanted not in schema.names or not fits(wanted):
+            raise ValueError(
+                f"{path} has no column {wanted!r} of integer or text labels; its columns: {_columns(schema)}"
+            )
+        return wanted
+    named = [name for name in schema.names if fits(name) and _feature_names(schema, name)]
+    usual = [name for name in _LABEL_NAMES if name in schema.names and fits(name)]
+    return next(iter([name for name in usual if name in named] + named + usual), None)
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _feature_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Class names of a column from Hugging Face's schema metadata, `ClassLabel.names`."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return list(features[column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _labels(
+    files: list[pq.ParquetFile], column: str, names: list[str] | None, train: list[Path] | None
+) -> tuple[np.ndarray, list[str] | None]:
+    """int64 (N,), with `UNLABELLED` for nulls, and the class names. `train`: the files that number text labels."""
+    values = _read_column(files, column)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        known = values if train is None else _read_column([_open(path) for path in train], column)
+        classes = sorted(set(known.unique().to_pylist()) - {None})
+        unknown = sorted(set(values.unique().to_pylist()) - {None, *classes})
+        if unknown:
+            raise ValueError(f"the test split has classes in {column!r} that train lacks: {few(unknown)}")
+        number = {name: label for label, name in enumerate(classes)}
+        return np.array([number.get(name, UNLABELLED) for name in values.to_pylist()], np.int64), classes
+    numbers = pc.fill_null(pc.cast(values, pa.int64()), UNLABELLED).to_numpy().astype(np.int64)
+    highest = int(numbers.max(initial=UNLABELLED))
+    if numbers.min(initial=0) < UNLABELLED or (names is not None and highest >= len(names)):
+        raise ValueError(
+            f"labels in {column!r} run from {numbers.min()} to {highest}, "
+            f"allowed are {UNLABELLED} (none) to {len(names) - 1 if names else 'any'}; see data.source.label_column"
+        )
+    if highest == UNLABELLED:
+        return numbers, names
+    return numbers, names or [str(number) for number in range(highest + 1)]
+
+
+def _read_column(files: list[pq.ParquetFile], column: str) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for file in files for chunk in file.read([column]).column(0).chunks])
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
