@@ -113,6 +113,7 @@ class TrainerConfig:
     global_batch_size: int = 256
     device_batch_size: int | None = None  # images that a device takes at once; null: its whole share
     device: Device = Device.auto
+    devices: int | None = None  # processes on this machine; null: one per GPU that torch sees
     precision: Precision = Precision.auto
     clip_grad_norm: float | None = None
     ema_decay: float | None = None

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import ssl.checkpoint as checkpoint
@@ -24,6 +26,7 @@ from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
 from ssl.data.subset import limit
 from ssl.data.views import make_views
+from ssl.launch import hydra_flags, num_processes, run_processes
 from ssl.methods.base import Batch, Method
 from ssl.models.backbones import build_backbone
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
@@ -43,6 +46,7 @@ FREE = (
     "loader",
     "trainer.steps",
     "trainer.device",
+    "trainer.devices",
     "trainer.log_every_steps",
     "trainer.checkpoint_every_steps",
     "trainer.keep_last",
@@ -256,7 +260,16 @@ def main() -> None:
 def _task(config: DictConfig) -> dict[str, float]:
     chosen = choices()
     default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
-    return run(config, out=run_folder(default, config.out))
+    out = run_folder(default, config.out)
+    count = num_processes(config.trainer.device.name, config.trainer.devices)
+    if count == 1:
+        return run(config, out=out)
+    check(config, PretrainConfig)
+    words = [word for word in HydraConfig.get().overrides.task if not word.startswith("out=")]
+    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out={out}"])
+    if code:
+        raise ChildProcessError(f"the run on {count} processes ended with exit code {code}; what was saved is in {out}")
+    return {}
 
 
 def _plain(node: Any) -> Any:

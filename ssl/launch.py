@@ -1,0 +1,68 @@
+"""One process per device on this machine, through torch elastic, where the command was not already started by a
+launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ssl.data.threads import available_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def num_processes(device: str, devices: int | None) -> int:
+    """How many processes to start: every GPU that torch sees or `devices` of them; on the CPU `devices`, else one.
+
+    One where a launcher (torchrun, srun through it) has already given this process a rank. Raises ValueError where
+    there are fewer GPUs than asked for.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return 1
+    if devices is not None and devices < 1:
+        raise ValueError(f"trainer.devices must be at least 1, or null for every GPU; got {devices}")
+    num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if num_gpus == 0:
+        return devices or 1
+    if devices is not None and devices > num_gpus:
+        raise ValueError(f"trainer.devices={devices}, but torch sees {num_gpus} GPUs")
+    return devices or num_gpus
+
+
+def run_processes(count: int, words: Sequence[str]) -> int:
+    """Run `python -m ssl.pretrain <words>` on `count` processes and wait; returns the exit code.
+
+    Ctrl-C and SIGTERM reach the processes, which save and stop; this one waits for them.
+    """
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    environment.setdefault("OMP_NUM_THREADS", str(max(available_cores() // count, 1)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    child = subprocess.Popen([*launcher, "-m", "ssl.pretrain", *words], env=environment)
+    previous = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to the children too
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number)),
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def hydra_flags(arguments: Sequence[str]) -> list[str]:
+    """Of a command line, the flags that say where configs lie: `--config-dir DIR` and its short form."""
+    flags: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument.startswith(("--config-dir=", "-cd=")):
+            flags.append(argument)
+        elif argument in ("--config-dir", "-cd"):
+            flags += list(arguments[position : position + 2])
+    return flags
