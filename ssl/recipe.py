@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl.optim import scaled_lr
-from ssl.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -30,21 +26,6 @@ class BatchArithmetic:
             f"global batch {self.global_batch_size} = {_count(self.world_size, 'rank')} x "
             f"{_count(self.device_batch_size, 'image')} x {_count(self.accumulation, 'accumulation step')}"
         )
-
-    def describe(self, couples_images: bool, module: nn.Module) -> str:
-        """The product, and what accumulation does to a loss that couples images and to BatchNorm."""
-        lines = [str(self)]
-        if self.accumulation > 1 and couples_images:
-            lines.append(
-                "the loss sees all images of the global batch: parts are embedded twice, first without a graph"
-            )
-        if self.accumulation > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
-            part = _count(self.device_batch_size * self.world_size, "image")
-            lines.append(
-                f"BatchNorm's statistics are per part ({part} over all ranks), so that the gradient is not exactly the "
-                "whole batch's"
-            )
-        return "\n".join(lines)
 
 
 def batch_arithmetic(
@@ -146,19 +127,6 @@ def recipe_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["  ".join(title.rjust(widths[title]) for title in shown)]
     lines += ["  ".join(cells[i].rjust(widths[title]) for title, cells in shown.items()) for i in range(len(rows))]
     return "\n".join(lines)
-
-
-def save_recipe(
-    run_dir: Path, optimizer: torch.optim.Optimizer, module: nn.Module, *, schedule: Schedule, lr: float | None = None
-) -> str:
-    """Write the effective recipe to recipe.json in the run folder and return it as text. `lr` is the peak."""
-    peak = float(optimizer.defaults["lr"]) if lr is None else lr
-    rows = effective_recipe(optimizer, module, lr=peak)
-    options = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay") and value}
-    name = type(optimizer).__name__
-    content = {"optimizer": name, "options": options, "lr": peak, "schedule": asdict(schedule), "groups": rows}
-    (run_dir / "recipe.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
-    return f"{name}, peak lr {_short(peak)}, {schedule.describe()}\n{recipe_table(rows)}"
 
 
 def _span(rates: list[float] | None) -> str:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load, save
-from timm.optim import param_groups_layer_decay
+from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from ssl.optim import (
@@ -154,6 +156,20 @@ def test_options_of_another_optimizer_are_refused():
         make_optimizer(groups, name="adamw", lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="adamw, sgd, lars"):
         make_optimizer(groups, name="adam", lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lr_at_4096"),
+    [("adamw", torch.optim.AdamW, 2.4e-3), ("lars", Lars, 4.8), ("sgd", torch.optim.SGD, 1.6)],
+)
+def test_recipes_of_conf_build_their_optimizer_at_the_papers_rate(name, kind, lr_at_4096):
+    recipe = OmegaConf.load(Path(__file__).resolve().parents[1] / "conf" / "optim" / f"{name}.yaml")
+    lr = scaled_lr(recipe.base_lr, global_batch_size=4096, scaling=recipe.scaling)
+    groups = parameter_groups(nn.Linear(2, 2), weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
+    optimizer = make_optimizer(groups, name=recipe.name, lr=lr, **OmegaConf.to_container(recipe.options))
+    assert recipe.name == name
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr_at_4096)
 
 
 def lars_of_the_paper(weight, gradients, *, lr, decay, momentum, eta, adapt):

@@ -7,8 +7,7 @@ import timm
 from torch import nn
 
 from ssl.optim import make_optimizer, parameter_groups
-from ssl.recipe import batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table, save_recipe
-from ssl.schedules import make_schedule
+from ssl.recipe import batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
 
 
 def test_batch_arithmetic_reads_as_a_product():
@@ -97,25 +96,3 @@ def test_table_shows_a_line_per_group_and_only_columns_that_say_something():
     assert "trust ratio" in lars[0]
     assert [("yes" in line, " no" in line) for line in lars[1:]] == [(True, False), (False, True)]
     assert len({len(line) for line in full.splitlines()}) == 1
-
-
-def test_accumulation_with_batchnorm_is_said():
-    batches = batch_arithmetic(16, world_size=2, device_batch_size=4)
-    text = batches.describe(True, nn.BatchNorm1d(2))
-    assert "per part (8 images" in text
-    assert "all images of the global batch" in text
-    assert batches.describe(False, nn.Linear(2, 2)) == str(batches)
-    whole = batch_arithmetic(16, world_size=2)
-    assert whole.describe(True, nn.BatchNorm1d(2)) == str(whole)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_saved_recipe_is_json_with_the_peak_rate_and_every_group(tmp_path, name):
-    method = Finetuning(0.1)
-    optimizer = make_optimizer(parameter_groups(method, weight_decay=0.05), name=name, lr=2.4e-3)
-    text = save_recipe(tmp_path, optimizer, method, schedule=make_schedule("cosine", steps_per_epoch=5, total_steps=50))
-    saved = json.loads((tmp_path / "recipe.json").read_text())
-    assert saved["lr"] == 2.4e-3
-    assert len(saved["groups"]) == 2
-    assert saved["schedule"]["warmup_steps"] == 5
-    assert "peak lr 2.4e-3" in text
