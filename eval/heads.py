@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.knn import rank_of_label
+from eval.accuracy import rank_of_label
 
 MOMENTUM = 0.9
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from eval.accuracy import rank_of_label
+from eval.command import judge, start
 from eval.neighbours import make_search, unit_length
+from eval.subject import Judged
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Scores:
     index: str
     notes: list[str] = field(default_factory=list)
 
-    def best(self) -> dict[str, Any]:
+    def first(self) -> dict[str, Any]:
         """The row of the first k and the first temperature: no choice is ever made on the reported split."""
         return self.rows[0]
 
@@ -64,8 +68,8 @@ def knn(
     notes = [f"k={value} is more than the bank's {len(bank)} images; all were used" for value in k if value > len(bank)]
     search, name = make_search(unit_length(bank), index=index, device=torch.device(device))
     hits = torch.zeros(len(used), len(temperature), 2, dtype=torch.int64)
-    for start in range(0, len(queries), chunk):
-        rows = slice(start, start + chunk)
+    for first in range(0, len(queries), chunk):
+        rows = slice(first, first + chunk)
         similarity, neighbour = search(unit_length(queries[rows]), max(used))  # (B, k), (B, k)
         votes_for = bank_labels[neighbour]  # (B, k)
         for i, count in enumerate(used):
@@ -112,13 +116,44 @@ def log_votes(similarity: Tensor, label: Tensor, temperature: float, num_classes
     return torch.where(total > 0, largest + total.log(), -torch.inf)
 
 
-def rank_of_label(scores: Tensor, label: Tensor) -> Tensor:
-    """How many classes stand before the true one: (B, C), (B,) -> (B,). Ties go to the lower class number.
+def score(config: DictConfig, judged: Judged) -> tuple[dict[str, float], dict[str, Any], str]:
+    """kNN of the test features in the train features, as `config` says."""
+    center = config.ckpt == "pixels" if config.center is None else config.center
+    found = knn(
+        judged.train.features,
+        judged.train.labels,
+        judged.test.features,
+        judged.test.labels,
+        k=list(config.k),
+        temperature=list(config.temperature),
+        num_classes=len(judged.splits.classes),
+        metric=config.metric,
+        center=center,
+        index=config.index,
+        device=judged.device,
+    )
+    first = found.first()
+    metrics = {name: first[name] for name in ("top1", "top5") if name in first}
+    if len(found.rows) > 1:
+        for row in found.rows:
+            metrics |= {f"{name}_k{row['k']}_T{row['temperature']:g}": row[name] for name in row if name[:3] == "top"}
+    settings = {
+        "k": list(config.k),
+        "temperature": list(config.temperature),
+        "metric": config.metric,
+        "centered": center,
+        "vote": "exp(similarity / temperature), summed per class",
+        "reported": f"top1 and top5 are those of the first of both: k={first['k']}, T={first['temperature']:g}",
+        "index": found.index,
+        "notes": found.notes,
+    }
+    return metrics, settings, f"kNN (k={first['k']}, T={first['temperature']:g}, {config.metric})"
 
-    A true class with a score of -inf or NaN stands after all.
-    """
-    true = scores.gather(1, label[:, None])  # (B, 1)
-    lower = torch.arange(scores.shape[1], device=scores.device) < label[:, None]  # (B, C)
-    rank = (scores > true).sum(1) + ((scores == true) & lower).sum(1)  # (B,)
-    unranked = true[:, 0].isnan() | (true[:, 0] == -torch.inf)
-    return torch.where(unranked, scores.shape[1], rank)
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Judge what `config.ckpt` names by its nearest neighbours; returns the metrics and the protocol."""
+    return judge(config, score, command="eval.knn", next_command="python -m eval.linear_probe")
+
+
+if __name__ == "__main__":
+    start(run, command="eval.knn")

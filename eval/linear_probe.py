@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from eval.command import judge, start
 from eval.heads import Standardizer, choose, score_heads, train_heads
+from eval.subject import Judged
+from ssl.data.subset import split_held_out
 
 LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 WEIGHT_DECAY = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a few images per class want the largest
@@ -136,3 +140,46 @@ def _check(
         )
     if len(torch.unique(train_labels)) < 2:
         raise ValueError("a linear probe needs two classes or more in train, got one")
+
+
+def score(config: DictConfig, judged: Judged) -> tuple[dict[str, float], dict[str, Any], str]:
+    """A linear probe of the test features, trained and chosen on the train features, as `config` says."""
+    _, held_out = split_held_out(judged.train.labels.numpy(), config.held_out, config.seed)
+    probe = linear_probe(
+        judged.train.features,
+        judged.train.labels,
+        judged.test.features,
+        judged.test.labels,
+        held_out=torch.from_numpy(held_out),
+        num_classes=len(judged.splits.classes),
+        lr=list(config.lr),
+        weight_decay=list(config.weight_decay),
+        steps=config.steps,
+        batch_size=config.probe_batch_size,
+        retrain=config.retrain,
+        seed=config.seed,
+        device=judged.device,
+    )
+    settings = {
+        "head": "linear with bias, on features standardised by train (BatchNorm without affine)",
+        "optimizer": "SGD, momentum 0.9, cosine to zero, cross-entropy, no augmentation",
+        "steps": config.steps,
+        "batch_size": config.probe_batch_size,
+        "choice_rule": "on held-out images of train: lowest loss within one standard error of the highest top-1",
+        "num_held_out": len(held_out),
+        "choice": probe.choice,
+        "reported": "the chosen setting "
+        + ("retrained on all of train" if config.retrain else "without held-out images"),
+        "grid": probe.grid,
+        "notes": probe.notes,
+    }
+    return probe.metrics, settings, f"linear probe ({len(probe.grid)} heads, lr={probe.choice['lr']:g} chosen)"
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Judge what `config.ckpt` names by a linear probe; returns the metrics and the protocol."""
+    return judge(config, score, command="eval.linear_probe", next_command="python -m eval.knn")
+
+
+if __name__ == "__main__":
+    start(run, command="eval.linear_probe")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+FAISS_GPU_NEIGHBOURS = 2048  # what faiss can select on a GPU
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -74,13 +75,16 @@ def faiss_search(faiss: Any, bank: Tensor, device: torch.device) -> tuple[Search
     """faiss's flat inner-product index, on the GPU where `device` is one and this faiss can use it."""
     flat = faiss.IndexFlatIP(bank.shape[1])
     name = f"faiss {faiss.__version__} IndexFlatIP on cpu"
-    if device.type == "cuda" and getattr(faiss, "get_num_gpus", int)() > 0:
+    on_gpu = device.type == "cuda" and getattr(faiss, "get_num_gpus", int)() > 0
+    if on_gpu:
         resources = faiss.StandardGpuResources()
         flat = faiss.index_cpu_to_gpu(resources, device.index or 0, flat)
         name = f"faiss {faiss.__version__} IndexFlatIP on cuda"
     flat.add(as_rows(bank))
 
     def find(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if on_gpu and count > FAISS_GPU_NEIGHBOURS:
+            return torch_search(bank, device)(queries, count)
         similarity, neighbour = flat.search(as_rows(queries), count)
         return torch.from_numpy(similarity), torch.from_numpy(neighbour)
 

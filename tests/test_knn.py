@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from eval.knn import knn, log_votes, rank_of_label
+from eval.accuracy import rank_of_label
+from eval.knn import knn, log_votes
 from eval.neighbours import in_order, make_search, unit_length
 
 

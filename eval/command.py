@@ -1,0 +1,75 @@
+"""What the evaluation commands share: a `ckpt=` that must be given, a JSON, a line that a person reads."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from eval.config import register_schemas
+from eval.results import write_results
+from eval.subject import Judged, read_features
+from ssl.command import run_command
+
+Score = Callable[[DictConfig, Judged], tuple[dict[str, float], dict[str, Any], str]]
+"""From features to (metrics, settings for the protocol, how it is called in the printed line)."""
+
+USAGE = """{command} needs ckpt=, what is judged:
+  python -m {command} ckpt=runs/<run>              the last checkpoint of a run
+  python -m {command} ckpt=runs/<run>/checkpoints/step_00001000
+  python -m {command} ckpt=random model=resnet18   an untrained backbone
+  python -m {command} ckpt=pixels                  no backbone"""
+
+
+def judge(config: DictConfig, score: Score, *, command: str, next_command: str) -> dict[str, Any]:
+    """Read features, score them, write `<out>/<name>.json` and print the outcome; returns what was written."""
+    judged = read_features(config, command=command)
+    began = time.perf_counter()
+    metrics, settings, how = score(config, judged)
+    protocol = {
+        **judged.protocol,
+        **settings,
+        "notes": judged.notes + settings.get("notes", []),
+        "score_seconds": round(time.perf_counter() - began, 2),
+    }
+    path = judged.folder / f"{judged.name}.json"
+    write_results(path, metrics=metrics, protocol=protocol)
+    data = protocol["data"]
+    top5 = f" (top-5 {metrics['top5']:.1%})" if "top5" in metrics else ""
+    print(
+        f"{how}: top-1 {metrics['top1']:.1%}{top5} of {data['num_test']:,} test images, {data['num_classes']} classes, "
+        f"from {data['num_train']:,} of train; {data['name']}, {judged.subject.title}"
+    )
+    for note in protocol["notes"]:
+        print(f"note: {note}")
+    print(f"written: {path}\nnext: {next_command} {same_subject(config)}", flush=True)
+    return {"metrics": metrics, "protocol": protocol, "path": str(path)}
+
+
+def same_subject(config: DictConfig) -> str:
+    """The words of the command line that name the same subject again."""
+    words = [f"ckpt={config.ckpt}"]
+    if config.data.name != "checkpoint":
+        words.append(f"data={config.data.name}")
+    if config.data.root is not None:
+        words.append(f"data.root={config.data.root}")
+    if config.model is not None:
+        words.append("model=<the same>")
+    return shlex.join(words) if config.model is None else " ".join(words)
+
+
+def start(run: Callable[[DictConfig], dict[str, Any]], *, command: str) -> None:
+    """The command line. A missing `ckpt` ends it with exit code 2, any other mistake with 1 and one message."""
+    register_schemas()
+
+    def task(config: DictConfig) -> float:
+        if config.ckpt is None:
+            print(USAGE.format(command=command), file=sys.stderr)
+            raise SystemExit(2)
+        return run(config)["metrics"]["top1"]
+
+    run_command(task, config_name=command.removeprefix("eval."))

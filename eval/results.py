@@ -1,0 +1,70 @@
+"""Where a score is written, with all that it takes to make it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from eval import ROOT
+from eval.neighbours import import_faiss
+
+
+def open_folder(folder: Path) -> Path:
+    """Make the folder of the results. Raises OSError, before anything is computed, where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"results cannot be written to {folder}: {error.strerror}; give another out=") from error
+    return folder
+
+
+def write_results(path: Path, *, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
+    """Write `{"metrics": ..., "protocol": ...}` whole or not at all."""
+    text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}; give another out=") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the commit of this code, and the processor."""
+    faiss = import_faiss()
+    return {
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "faiss": getattr(faiss, "__version__", None),
+        },
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this repository, with `+changes` where files differ from it; None outside git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
