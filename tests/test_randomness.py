@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from ssl.randomness import philox, shuffle, step_seed, uniforms
+from ssl.randomness import philox, shuffle, step_seed, uniforms, uniforms_by_use
 
 
 # Random123's kat_vectors, philox4x32 with 10 rounds.
@@ -46,6 +46,16 @@ def test_uniforms_do_not_depend_on_batch_composition_or_order():
     np.testing.assert_array_equal(uniforms(0, 3, index[order], "flip", 5), together[order])
     np.testing.assert_array_equal(uniforms(0, 3, index[17:18], "flip", 5), together[17:18])
     np.testing.assert_array_equal(uniforms(0, 3, index, "flip", 2), together[:, :2])
+
+
+def test_uniforms_of_many_uses_at_once_are_those_of_each():
+    index = np.array([5, 0, 2**40])
+    counts = {"crop": 22, "flip": 1, "nothing": 0, "jitter_order": 4, "noise": 9}
+    together = uniforms_by_use(1, 2, index, counts)
+    assert list(together) == list(counts)
+    for use, count in counts.items():
+        np.testing.assert_array_equal(together[use], uniforms(1, 2, index, use, count))
+    assert uniforms_by_use(1, 2, index, {}) == {}
 
 
 def test_uniforms_are_float32_in_the_half_open_unit_interval():

@@ -166,8 +166,8 @@ def test_what_a_view_does_not_have_is_neither_drawn_nor_returned(monkeypatch):
     drawn = []
     from ssl.data import views
 
-    original = views.uniforms
-    monkeypatch.setattr(views, "uniforms", lambda *given: drawn.append(given[3]) or original(*given))
+    original = views.uniforms_by_use
+    monkeypatch.setattr(views, "uniforms_by_use", lambda *given: drawn.extend(given[3]) or original(*given))
     plain = sample(View(crop="resize"), num_images=3)
     assert set(plain) == {"box", "flip"}
     assert not plain["flip"].any()

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ssl.randomness import uniforms
+from ssl.randomness import uniforms_by_use
 
 CROPS = ("random_resized", "random", "center", "resize")
 INTERPOLATIONS = ("bicubic", "bilinear")
 JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 """The operations that a number in `jitter_order` stands for, in torchvision's numbering."""
+PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize")
+"""The parts of a view that an image has or has not, in the order in which they are done."""
 _CROP_TRIES = 10
 
 
@@ -60,7 +62,7 @@ class View:
             self.interpolation in INTERPOLATIONS,
             f"interpolation={self.interpolation!r} is not known; choose one of {', '.join(INTERPOLATIONS)}",
         )
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        for name in PROBABILITIES:
             value = getattr(self, name)
             _check(0 <= value <= 1, f"{name} is a probability and must lie in 0..1, got {value}")
         for name in ("brightness", "contrast", "saturation"):
@@ -117,50 +119,61 @@ class View:
         `saturation` `hue` float32; `grayscale` bool; `blur` bool with `blur_sigma` float32; `solarize` bool. Each row
         is a function of (seed, epoch, index, view, height, width, size) alone.
         """
-        index = np.asarray(index, np.int64)
-
-        def draw(use: str, count: int) -> np.ndarray:
-            return uniforms(seed, epoch, index, f"view {view} {use}", count)  # (B, count)
+        drawn = uniforms_by_use(seed, epoch, index, {f"view {view} {use}": n for use, n in self._uses().items()})
+        draws = {use: drawn[f"view {view} {use}"] for use in self._uses()}  # (B, count) each
 
         def chosen(name: str) -> np.ndarray:
-            probability = getattr(self, name)
-            if probability in (0, 1):
-                return np.full(len(index), bool(probability))
-            return draw(name, 1)[:, 0] < probability  # (B,)
+            if name in draws:
+                return draws[name][:, 0] < getattr(self, name)  # (B,)
+            return np.full(len(index), bool(getattr(self, name)))
 
-        parameters = {"box": self._box(draw, np.asarray(height), np.asarray(width), size), "flip": chosen("flip")}
+        box = self._box(draws.get("crop"), np.asarray(height, np.int64), np.asarray(width, np.int64), size)
+        parameters = {"box": box, "flip": chosen("flip")}
         if self.jitter:
             parameters["jitter"] = chosen("jitter")
-            parameters["jitter_order"] = np.argsort(draw("jitter_order", 4), axis=1, kind="stable")
+            parameters["jitter_order"] = np.argsort(draws["jitter_order"], axis=1, kind="stable")
             for name in self.jitter_operations:
                 strength, centre = getattr(self, name), 0 if name == "hue" else 1
                 low = -strength if name == "hue" else max(0.0, 1 - strength)
-                parameters[name] = _between(low, centre + strength, draw(f"{name} factor", 1)[:, 0])
+                parameters[name] = _between(low, centre + strength, draws[f"{name} factor"][:, 0])
         if self.grayscale:
             parameters["grayscale"] = chosen("grayscale")
         if self.blur:
             parameters["blur"] = chosen("blur")
-            parameters["blur_sigma"] = _between(*self.blur_sigma, draw("blur_sigma", 1)[:, 0])
+            parameters["blur_sigma"] = _between(*self.blur_sigma, draws["blur_sigma"][:, 0])
         if self.solarize:
             parameters["solarize"] = chosen("solarize")
         return parameters
 
-    def _box(self, draw, height: np.ndarray, width: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def _uses(self) -> dict[str, int]:
+        """What this view draws, and how many numbers for each image; a probability of 0 or 1 needs none."""
+        uses = {"random_resized": {"crop": 2 * _CROP_TRIES + 2}, "random": {"crop": 2}}.get(self.crop, {})
+        uses |= {name: 1 for name in PROBABILITIES if 0 < getattr(self, name) < 1}
+        if self.jitter:
+            uses |= {"jitter_order": 4} | {f"{name} factor": 1 for name in self.jitter_operations}
+        if self.blur:
+            uses["blur_sigma"] = 1
+        return uses
+
+    def _box(
+        self, draws: np.ndarray | None, height: np.ndarray, width: np.ndarray, size: tuple[int, int]
+    ) -> np.ndarray:
         """The crop's box (B, 4): top, left, height, width."""
         if self.crop == "random_resized":
-            return random_resized_box(
-                draw("crop", 2 * _CROP_TRIES + 2), height, width, scale=self.scale, ratio=self.ratio
-            )
+            assert draws is not None
+            return random_resized_box(draws, height, width, scale=self.scale, ratio=self.ratio)
         if self.crop == "random":
-            box_height, box_width = _at_least_one(height * self.fraction), _at_least_one(width * self.fraction)
-            return _place(draw("crop", 2), height, width, box_height, box_width)
+            assert draws is not None
+            return _place(
+                draws, height, width, _at_least_one(height * self.fraction), _at_least_one(width * self.fraction)
+            )
         if self.crop == "center":
             zoom = np.minimum(height / size[0], width / size[1]) * self.fraction  # source pixels per pixel of the view
             whole = (height == size[0]) & (width == size[1])
             box_height = np.where(whole, height, _at_least_one(size[0] * zoom))
             box_width = np.where(whole, width, _at_least_one(size[1] * zoom))
             return np.stack(((height - box_height) // 2, (width - box_width) // 2, box_height, box_width), axis=1)
-        return np.stack((np.zeros_like(height), np.zeros_like(width), height, width), axis=1).astype(np.int64)
+        return np.stack((np.zeros_like(height), np.zeros_like(width), height, width), axis=1)
 
 
 def make_views(config: Iterable[Mapping[str, Any]]) -> list[View]:
@@ -192,7 +205,6 @@ def random_resized_box(
     Ten tries at a share of the area, uniform in `scale`, and an aspect, log-uniform in `ratio`; the first that fits is
     placed uniformly, and where none fits the largest central box within `ratio` is taken.
     """
-    height, width = height.astype(np.int64), width.astype(np.int64)
     area_draws, ratio_draws = draws[:, :_CROP_TRIES].astype(np.float64), draws[:, _CROP_TRIES : 2 * _CROP_TRIES]
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * area_draws)  # (B, tries)
     low, high = np.log(ratio)
