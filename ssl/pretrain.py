@@ -24,6 +24,7 @@ from ssl.config import PretrainConfig, build, check, register_schemas
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
+from ssl.data.sources import Source
 from ssl.data.subset import limit
 from ssl.data.views import make_views
 from ssl.launch import hydra_flags, num_processes, run_processes
@@ -172,7 +173,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
         announcement = [
             f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
-            f"{loader.describe()}, views of {'x'.join(map(str, method.view_size))}",
+            f"{loader.describe()}{_ignored_note(source)}, views of {'x'.join(map(str, method.view_size))}",
             f"{plan}; {dtype_name(dtype)} on {device}",
             f"{batch}{_statistics_note(batch, method)}",
             f"{arithmetic}; {schedule.describe()}",
@@ -321,6 +322,10 @@ def _attend_by_matmul(method: Method) -> None:
     for module in method.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = False  # pyright: ignore
+
+
+def _ignored_note(source: Source) -> str:
+    return f" ({source.num_ignored:,} other files ignored)" if source.num_ignored else ""
 
 
 def _statistics_note(batch: BatchArithmetic, method: Method) -> str:

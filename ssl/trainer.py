@@ -7,6 +7,7 @@ logged steps.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import signal
 import time
@@ -73,12 +74,15 @@ class Trainer:
         self.parallel = self.method
         if distributed.world_size() > 1:
             # Running statistics stay each rank's own: the step needs none of them, and synchronised BatchNorm makes
-            # them equal.
+            # them equal. torch renamed the switch in 2.15.
+            names = inspect.signature(DistributedDataParallel.__init__).parameters
+            switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+            own_buffers: dict[str, Any] = {switch: False}
             self.parallel = DistributedDataParallel(
                 self.method,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **own_buffers,
             )
 
     def fit(self, batches: Iterator[Batch], *, start_step: int, stop_step: int, global_batch_size: int) -> None:
