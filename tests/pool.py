@@ -31,7 +31,7 @@ GRACE = 2.0
 class Pool:
     """A few ranks that run a function together."""
 
-    def __init__(self, num_ranks: int = 2, *, timeout: float = 120.0) -> None:
+    def __init__(self, num_ranks: int = 2, *, timeout: float = 240.0) -> None:
         self.num_ranks = num_ranks
         self.timeout = timeout
         self._processes: list[BaseProcess] = []
