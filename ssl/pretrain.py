@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
 from ssl.command import choices, run_command, run_folder
-from ssl.config import PretrainConfig, build, check, register_schemas
+from ssl.config import PretrainConfig, build, check, locate, register_schemas
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
@@ -86,6 +86,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         in_chans=data.channels,
         patch_size=config.model.patch_size,
         stem=config.model.stem.name,
+        stem_side=_stem_side(_plain(config.method), image_size),
         drop_path=config.model.drop_path,
         model_args=_plain(config.model.args),
     )
@@ -322,6 +323,12 @@ def _attend_by_matmul(method: Method) -> None:
     for module in method.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = False  # pyright: ignore
+
+
+def _stem_side(method: dict[str, Any], image_size: tuple[int, int]) -> int | None:
+    """What `model.stem=auto` looks at, where the method shows the backbone patches instead of images."""
+    stem_size = getattr(locate(method["_target_"]), "stem_size", None)
+    return None if stem_size is None else stem_size(image_size, **method)
 
 
 def _ignored_note(source: Source) -> str:

@@ -71,14 +71,15 @@ def build_backbone(
     in_chans: int = 3,
     patch_size: int | tuple[int, int] | None = None,
     stem: str = "auto",
+    stem_side: int | None = None,
     drop_path: float = 0.0,
     model_args: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, BackboneSpec]:
     """Build a timm model without classifier for images of (height, width) pixels, and its description.
 
     `patch_size=None` takes the model's own from 128 pixels (16 where that does not divide the image), at most 8 from 64
-    and at most 4 below; `stem="auto"` takes the small stem for ResNets up to 64 pixels. The shorter side counts. Keys
-    of the state dict are timm's own. Raises ValueError, saying what fits, where name, arguments and image size do not
+    and at most 4 below; `stem="auto"` takes the small stem for ResNets up to 64 pixels. The shorter side counts, for the
+    stem `stem_side` where a method shows the backbone less than the image. Keys of the state dict are timm's own. Raises ValueError, saying what fits, where name, arguments and image size do not
     go together.
     """
     height, width = (int(side) for side in image_size)
@@ -97,7 +98,7 @@ def build_backbone(
         image_size=(height, width),
         in_chans=in_chans,
         model_args=args,
-        stem=_choose_stem(name, probe, min(height, width), stem),
+        stem=_choose_stem(name, probe, min(height, width) if stem_side is None else stem_side, stem),
     )
     _check_fit(spec)
     return backbone_from_spec(spec, drop_path=drop_path), spec
