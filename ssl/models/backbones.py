@@ -78,9 +78,9 @@ def build_backbone(
     """Build a timm model without classifier for images of (height, width) pixels, and its description.
 
     `patch_size=None` takes the model's own from 128 pixels (16 where that does not divide the image), at most 8 from 64
-    and at most 4 below; `stem="auto"` takes the small stem for ResNets up to 64 pixels. The shorter side counts, for the
-    stem `stem_side` where a method shows the backbone less than the image. Keys of the state dict are timm's own. Raises ValueError, saying what fits, where name, arguments and image size do not
-    go together.
+    and at most 4 below; `stem="auto"` takes the small stem for ResNets up to 64 pixels. The shorter side counts, for
+    the stem `stem_side`, where a method shows the backbone less than the image. Keys of the state dict are timm's own.
+    Raises ValueError, saying what fits, where name, arguments and image size do not go together.
     """
     height, width = (int(side) for side in image_size)
     args = _checked_arguments(name, model_args)
