@@ -30,9 +30,9 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls")
 class Parquet:
     """The rows of one or many parquet files below `root`: a folder, a file, or a glob.
 
-    The split is read from the beginning of a file's name, or of its folder's: `train*`; `test*`, else `validation*` or
+    The split is read from the beginning of a file's name, or of its folders': `train*`; `test*`, else `validation*` or
     `val*`. Where no name tells, all files are train. Images stand in a column of structs {bytes, path} or of bytes.
-    Labels are integers, named by Hugging Face's metadata where present, or text, numbered in the sorted order of train's.
+    Labels are integers, named by Hugging Face's metadata where present, or text, numbered in sorted order of train's.
 
     A row group is read when the first of its images is, and up to `held_gib` of them are kept, encoded. Raises
     ValueError for paths, splits, columns and files that do not fit.
@@ -50,8 +50,8 @@ class Parquet:
         held_gib: float = 8.0,
     ) -> None:
         check_split(split)
-        files = find_files(root)
-        paths = files_of_split(files, split, root)
+        base, files = find_files(root)
+        paths = files_of_split(files, split, base)
         self.name = f"parquet {root} ({split})"
         self._files = [_open(path) for path in paths]
         schema = self._files[0].schema_arrow
@@ -69,7 +69,7 @@ class Parquet:
             raise ValueError(f"{root} has no rows in its {split} split ({few([str(path) for path in paths])})")
         self.labels, self.classes = np.full(len(self), UNLABELLED, np.int64), None
         if label is not None:
-            train = files_of_split(files, "train", root) if split == "test" and _is_text(schema, label) else None
+            train = files_of_split(files, "train", base) if split == "test" and _is_text(schema, label) else None
             self.labels, self.classes = _labels(self._files, label, _feature_names(schema, label), train)
         if split == "test" and (self.labels == UNLABELLED).all():
             raise ValueError(
@@ -153,30 +153,33 @@ class _Group:
         return bytes(data[ends[row] : ends[row + 1]])
 
 
-def find_files(root: str | Path) -> list[Path]:
-    """Sorted parquet files at a path: a folder (any depth), a file, or a glob. ValueError where there is none."""
+def find_files(root: str | Path) -> tuple[Path, list[Path]]:
+    """Sorted parquet files at a path, and the folder they lie below: a folder (any depth), a file, or a glob.
+
+    Raises ValueError where there is none.
+    """
     path = Path(root).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
         if not files:
             raise ValueError(f"data.root={root} holds no *.parquet file; image files are read with data=folder")
-        return files
+        return path, files
     if path.is_file():
-        return [path]
+        return path.parent, [path]
     if glob.has_magic(str(path)):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if not files:
             raise ValueError(f"no file matches data.root={root}")
-        return files
+        return next(parent for parent in path.parents if not glob.has_magic(str(parent))), files
     nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
     raise ValueError(f"data.root={root} does not exist; the nearest folder that does is {nearest}")
 
 
-def files_of_split(files: list[Path], split: str, root: str | Path) -> list[Path]:
+def files_of_split(files: list[Path], split: str, base: Path) -> list[Path]:
     """Those files whose names say `split`; all are train where no name says anything. ValueError where none is left."""
     named: dict[str, list[Path]] = {}
     for file in files:
-        named.setdefault(_split_of(file), []).append(file)
+        named.setdefault(_split_of(file.relative_to(base)), []).append(file)
     wanted = ("train",) if split == "train" else ("test", "validation", "valid", "val")
     for name in wanted:
         if name in named:
@@ -184,13 +187,13 @@ def files_of_split(files: list[Path], split: str, root: str | Path) -> list[Path
     if split == "train" and list(named) == [""]:
         return files
     raise ValueError(
-        f"no {split} split in {root}: found {few([file.name for file in files])}; wanted is a file named "
+        f"no {split} split in {base}: found {few([file.name for file in files])}; wanted is a file named "
         f"{' or '.join(f'{name}*.parquet' for name in wanted)}"
     )
 
 
 def _split_of(file: Path) -> str:
-    for name in (file.name, file.parent.name):
+    for name in reversed(file.parts):
         match = _SPLIT_NAME.match(name)
         if match:
             return match[1].lower()
@@ -267,10 +270,10 @@ def _labels(
         number = {name: label for label, name in enumerate(classes)}
         return np.array([number.get(name, UNLABELLED) for name in values.to_pylist()], np.int64), classes
     numbers = pc.fill_null(pc.cast(values, pa.int64()), UNLABELLED).to_numpy().astype(np.int64)
-    highest = int(numbers.max(initial=UNLABELLED))
-    if numbers.min(initial=0) < UNLABELLED or (names is not None and highest >= len(names)):
+    lowest, highest = int(numbers.min()), int(numbers.max())
+    if lowest < UNLABELLED or (names is not None and highest >= len(names)):
         raise ValueError(
-            f"labels in {column!r} run from {numbers.min()} to {highest}, "
+            f"labels in {column!r} run from {lowest} to {highest}, "
             f"allowed are {UNLABELLED} (none) to {len(names) - 1 if names else 'any'}; see data.source.label_column"
         )
     if highest == UNLABELLED:
