@@ -49,8 +49,7 @@ def nt_xent_and_top1(embeddings: Tensor, *, temperature: float, chunk_size: int 
 
 def normalise(embeddings: Tensor) -> Tensor:
     """Embeddings of length 1 along the last dimension, in at least fp32."""
-    embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return F.normalize(embeddings, dim=-1)
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
 
 @contextmanager
