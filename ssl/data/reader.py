@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # A file that has vanished or cannot be read counts as bad, like one that cannot be decoded.
 UNREADABLE = (DecodeError, OSError)
+LARGEST_KEPT = 64 * 2**20  # bytes of a decoded image whose memory a thread keeps for the next
 
 
 class Reader:
@@ -21,6 +23,7 @@ class Reader:
     def __init__(self, source: Source, *, channels: int):
         self.source = source
         self.channels = channels
+        self._scratch = threading.local()
 
     def open(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int]]:
         """An image as the source has it, and its (height, width) from the header. Raises DecodeError or OSError."""
@@ -33,9 +36,12 @@ class Reader:
             raise self._named(index, error) from error
 
     def decode(self, index: int, data: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The pixels, uint8 (H, W, C). Raises DecodeError, also where the header promised another size."""
+        """The pixels, uint8 (H, W, C), valid until this thread decodes the next image.
+
+        Raises DecodeError, also where the header promised another size.
+        """
         try:
-            image = data if isinstance(data, np.ndarray) else decode(data, self.channels)
+            image = data if isinstance(data, np.ndarray) else decode(data, self.channels, buffer=self._buffer(size))
         except UNREADABLE:
             raise
         except Exception as error:
@@ -48,6 +54,16 @@ class Reader:
         if image.shape[:2] != size:
             raise DecodeError(f"the header tells {size[0]}x{size[1]} pixels, the image has {image.shape[:2]}")
         return image
+
+    def _buffer(self, size: tuple[int, int]) -> np.ndarray | None:
+        """This thread's memory for an image of (height, width), if it is not too large to be kept."""
+        needed = size[0] * size[1] * self.channels
+        if needed > LARGEST_KEPT:
+            return None
+        buffer = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.size < needed:
+            self._scratch.buffer = buffer = np.empty(needed, np.uint8)
+        return buffer
 
     def _named(self, index: int, error: Exception) -> RuntimeError:
         return RuntimeError(f"reading {self.source.describe(index)}: {type(error).__name__}: {error}")
