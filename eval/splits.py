@@ -10,7 +10,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ssl.config import CONF, build
-from ssl.data.sources import UNLABELLED, Source
+from ssl.data.sources import UNLABELLED, NoTestSplit, Source
 from ssl.data.subset import Subset, limit, split_held_out
 
 TEST_FRACTION = 0.2
@@ -79,7 +79,7 @@ def make_splits(data: Mapping[str, Any], *, own: bool, seed: int, command: str) 
     notes = []
     try:
         test: Source = build(source, within=within, split="test")
-    except ValueError as error:
+    except NoTestSplit as error:
         kept, held_out = split_held_out(train.labels, TEST_FRACTION, seed)
         test_split = f"{TEST_FRACTION:.0%} held out of train, stratified, seed {seed}"
         notes.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl.data.sources import UNLABELLED, check_split
+from ssl.data.sources import UNLABELLED, NoTestSplit, check_split
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -159,12 +159,12 @@ def _test_files(base: Path) -> tuple[Path, Files, list[str]]:
         with _entries(base) as entries:
             folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         found = f"the folders {few(folders)}" if folders else "no folders"
-        raise ValueError(f"no labelled test split in {base}: it holds {found}; {wanted}")
+        raise NoTestSplit(f"no labelled test split in {base}: it holds {found}; {wanted}")
     splits = [(base / name, scan(base / name)) for name in present]
     # ImageNet's own test/ is a heap of unlabelled files beside a labelled val/.
     labelled = next(((folder, files) for folder, files in splits if len(files) and "" not in files.tops()), None)
     if labelled is None:
-        raise ValueError(f"no labelled test split in {base}: {few(present)} holds no class folders; {wanted}")
+        raise NoTestSplit(f"no labelled test split in {base}: {few(present)} holds no class folders; {wanted}")
     folder, files = labelled
     known = train_files.class_names()
     if known is None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssl.data.folder import few
-from ssl.data.sources import UNLABELLED, check_split
+from ssl.data.sources import UNLABELLED, NoTestSplit, check_split
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,8 @@ def files_of_split(files: list[Path], split: str, base: Path) -> list[Path]:
             return named[name]
     if split == "train" and list(named) == [""]:
         return files
-    raise ValueError(
+    kind = NoTestSplit if split == "test" else ValueError
+    raise kind(
         f"no {split} split in {base}: found {few([file.name for file in files])}; wanted is a file named "
         f"{' or '.join(f'{name}*.parquet' for name in wanted)}"
     )

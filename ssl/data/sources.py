@@ -10,6 +10,10 @@ UNLABELLED = -1
 SPLITS = ("train", "test")
 
 
+class NoTestSplit(ValueError):
+    """The images have no labelled test split: one may be held out of train instead."""
+
+
 class Source(Protocol):
     """Images by index. Reading is thread safe, and an index means the same image in every process and every run."""
 
