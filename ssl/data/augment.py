@@ -75,8 +75,7 @@ class Augment(nn.Module):
         result = torch.empty(crops.shape, device=crops.device)
         for rows in _chunks(parameters, crops):
             chunk = {name: values[rows] for name, values in parameters.items()}
-            images = _take(crops, rows)
-            images = _photometric(view, images, chunk, kernel_size)
+            images = _photometric(view, _take(crops, rows), chunk, kernel_size)
             _put(result, rows, images.sub_(self.mean).div_(self.std))
         return result
 
@@ -98,7 +97,9 @@ def _photometric(view: View, crops: Tensor, parameters: Mapping[str, np.ndarray]
         weights = gaussian_weights(parameters["blur_sigma"], kernel_size)
         _change(images, parameters["blur"], blur_, weights)
     if view.solarize:
-        _change(images, parameters["solarize"], solarize_, np.full(len(images), view.solarize_threshold / 255))
+        _change(
+            images, parameters["solarize"], solarize_, np.full(len(images), view.solarize_threshold / 255, np.float32)
+        )
     return images
 
 
@@ -196,18 +197,28 @@ def _blur_by_convolution(images: Tensor, weights: Tensor) -> Tensor:
 def _blur_by_slices(images: Tensor, weights: Tensor) -> Tensor:
     """Sums of shifted slices, two at a time as the kernel is symmetric: 1.5 to 2.5 times grouped convolution on a CPU.
 
-    Slices whose weight is under half a rounding error of 1 for every image are left out.
+    Each image's slices of less weight than half a rounding error of 1 are left out.
     """
     radius = weights.shape[1] // 2
-    reach = max(1, int((weights[:, :radius] >= 2**-26).any(0).sum()))
+    reaches = (weights[:, :radius] >= 2**-26).sum(1).clamp_min(1)  # (B,)
+    result = torch.empty_like(images)
+    for reach in reaches.unique().tolist():
+        rows = (reaches == reach).nonzero()[:, 0]
+        result.index_copy_(0, rows, _blur_within(images.index_select(0, rows), weights[rows], reach))
+    return result
+
+
+def _blur_within(images: Tensor, weights: Tensor, reach: int) -> Tensor:
+    """The blur by the middle 2 `reach` + 1 of the `weights` (B, K)."""
+    radius = weights.shape[1] // 2
     weights = weights.T[:, :, None, None, None]  # (K, B, 1, 1, 1)
     pair = torch.empty_like(images)
-    for side, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+    for side, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
         length = images.shape[side]
         padded = functional.pad(images, padding, mode="reflect")
-        images = padded.narrow(side, radius, length) * weights[radius]
+        images = padded.narrow(side, reach, length) * weights[radius]
         for step in range(1, reach + 1):
-            before, after = padded.narrow(side, radius - step, length), padded.narrow(side, radius + step, length)
+            before, after = padded.narrow(side, reach - step, length), padded.narrow(side, reach + step, length)
             images.addcmul_(torch.add(before, after, out=pair), weights[radius - step])
     return images
 
