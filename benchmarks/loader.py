@@ -35,6 +35,8 @@ from ssl.data.views import View, make_views
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CROP_AND_FLIP = View(scale=(0.2, 1.0), interpolation="bilinear", flip=0.5)
+"""torchvision's default interpolation."""
 NUM_SMALL = 10_000
 """CIFAR-size images held in memory."""
 
@@ -137,7 +139,7 @@ def parts(
         ("SimCLR two views, JPEG to 224 px, uint8 crops", recipe("simclr"), 224, False),
         ("SimCLR two views, JPEG to 224 px, all on the CPU", recipe("simclr"), 224, True),
         ("SimCLR two views, 32 px from memory, all on the CPU", recipe("simclr_small"), 32, True),
-        ("crop and flip, 32 px from memory, all on the CPU", [View(scale=(0.2, 1.0), flip=0.5)], 32, True),
+        ("crop and flip, 32 px from memory, all on the CPU", [CROP_AND_FLIP], 32, True),
     ):
         if not any(part in name for part in options.parts):
             continue
