@@ -19,6 +19,8 @@ from ssl.data.views import JITTER_OPERATIONS, View
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 _CACHED_PIXELS = 2**17
 """Pixels worked on at once on a CPU, so that all the passes over them stay in its cache."""
+_DEVICE_PIXELS = 2**25
+"""Pixels worked on at once elsewhere: few launches, and intermediate results of at most about 2 GB."""
 
 
 class Augment(nn.Module):
@@ -239,15 +241,15 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _chunks(parameters: Mapping[str, np.ndarray], crops: Tensor) -> Iterator[np.ndarray]:
-    """The batch's rows in parts that are worked on at once: all on a GPU; on a CPU, few enough to stay in its cache,
-    with images of one jitter order beside each other."""
+    """The batch's rows in parts that are worked on at once, images of one jitter order beside each other."""
     if "jitter" in parameters:
         order = parameters["jitter_order"] @ (64, 16, 4, 1)
         rows = np.argsort(np.where(parameters["jitter"], order, -1), kind="stable")
     else:
         rows = np.arange(len(crops))
-    most = len(crops) if crops.device.type != "cpu" else max(1, _CACHED_PIXELS // (crops.shape[2] * crops.shape[3]))
-    for start in range(0, len(rows), max(1, most)):
+    pixels = _CACHED_PIXELS if crops.device.type == "cpu" else _DEVICE_PIXELS
+    most = max(1, pixels // (crops.shape[2] * crops.shape[3]))
+    for start in range(0, len(rows), most):
         yield rows[start : start + most]
 
 
