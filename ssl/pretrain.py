@@ -99,7 +99,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if settings.sync_batchnorm:
         distributed.sync_batchnorm(method)
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype == torch.bfloat16:
         _attend_by_matmul(method)
 
     # ---- views -----------------------------------------------------------------------------------------------------
@@ -354,17 +354,16 @@ def _show(
     tracker: Tracker, step: int, method: Method, augment: Augment, few: Batch, *, mean: list[float], std: list[float]
 ) -> None:
     """Pictures of what the method sees, and of what it makes of it where it makes something."""
+    training = method.training
+    method.eval()  # so that pictures draw no random numbers and move no statistics
     with torch.no_grad():
         batch = augment(few)
-    tracker.images(step, "views", views_panel(batch["views"], mean=mean, std=std))
-    reconstruct = getattr(method, "reconstruct", None)
-    if reconstruct is not None:
-        with torch.no_grad():
-            tracker.images(
-                step,
-                "reconstructions",
-                reconstruction_panel(reconstruct(batch["views"][0], batch["noise"]), mean=mean, std=std),
-            )
+        tracker.images(step, "views", views_panel(batch["views"], mean=mean, std=std))
+        reconstruct = getattr(method, "reconstruct", None)
+        if reconstruct is not None:
+            panels = reconstruct(batch["views"][0], batch["noise"])
+            tracker.images(step, "reconstructions", reconstruction_panel(panels, mean=mean, std=std))
+    method.train(training)
 
 
 if __name__ == "__main__":
