@@ -313,12 +313,17 @@ def _rows(value: Any, rows: slice) -> Any:
     return [_rows(each, rows) for each in value]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch's tensors on the device, but for the views' parameters: `Augment` reads those on the host, without a
+    wait.
+    """
+    return {key: value if key == "parameters" else _moved(value, device) for key, value in batch.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(each, device) for key, each in value.items()}
-    return [to_device(each, device) for each in value]
+    return [_moved(each, device) for each in value]
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
