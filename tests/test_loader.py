@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import signal
 import threading
 import time
 
@@ -297,6 +299,31 @@ def test_an_interrupted_consumer_leaves_no_thread():
 
     with pytest.raises(KeyboardInterrupt):
         consume()
+    assert loader_threads() == []
+
+
+def test_control_c_while_waiting_for_a_batch_stops_at_once_and_leaves_no_thread():
+    entered, release = threading.Event(), threading.Event()
+
+    class Stuck(ImageList):
+        def read(self, index):
+            entered.set()
+            release.wait()
+            return super().read(index)
+
+    def interrupt() -> None:
+        entered.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        release.set()
+
+    source = Stuck(images(40, equal=False))
+    release.set()
+    loader = Loader(source, VIEWS, size=(8, 8), channels=3, seed=0, threads=2, in_memory_gib=0)
+    entered.clear()
+    release.clear()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(loader.batches(start_step=0, stop_step=10**6, global_batch_size=40))
     assert loader_threads() == []
 
 

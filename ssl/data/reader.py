@@ -17,6 +17,10 @@ UNREADABLE = (DecodeError, OSError)
 LARGEST_KEPT = 64 * 2**20  # bytes of a decoded image whose memory a thread keeps for the next
 
 
+class OtherSize(DecodeError):
+    """An image has another size than its header, or the rest of its set, promised."""
+
+
 class Reader:
     """Reads images with a given number of channels; names the image where an error is no fault of its file."""
 
@@ -25,20 +29,24 @@ class Reader:
         self.channels = channels
         self._scratch = threading.local()
 
-    def open(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int]]:
-        """An image as the source has it, and its (height, width) from the header. Raises DecodeError or OSError."""
+    def read(self, index: int) -> bytes | np.ndarray:
+        """An image as the source has it. Raises OSError where its file cannot be read."""
         try:
-            data = self.source.read(index)
-            return data, (data.shape[0], data.shape[1]) if isinstance(data, np.ndarray) else image_size(data)
+            return self.source.read(index)
         except UNREADABLE:
             raise
         except Exception as error:
             raise self._named(index, error) from error
 
+    def open(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+        """An image as the source has it, and its (height, width) from the header. Raises DecodeError or OSError."""
+        data = self.read(index)
+        return data, (data.shape[0], data.shape[1]) if isinstance(data, np.ndarray) else image_size(data)
+
     def decode(self, index: int, data: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The pixels, uint8 (H, W, C), valid until this thread decodes the next image.
 
-        Raises DecodeError, also where the header promised another size.
+        Raises DecodeError, and OtherSize where they are not of the (height, width) that was promised.
         """
         try:
             image = data if isinstance(data, np.ndarray) else decode(data, self.channels, buffer=self._buffer(size))
@@ -52,7 +60,7 @@ class Reader:
                 f"set data.channels={image.shape[2]}"
             )
         if image.shape[:2] != size:
-            raise DecodeError(f"the header tells {size[0]}x{size[1]} pixels, the image has {image.shape[:2]}")
+            raise OtherSize(f"the header tells {size[0]}x{size[1]} pixels, the image has {image.shape[:2]}")
         return image
 
     def _buffer(self, size: tuple[int, int]) -> np.ndarray | None:
