@@ -166,12 +166,13 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         resume_step=start_step,
     )
     few = _first_images(loader, device, count=8)
+    # On every rank: it runs the method forward, where contrastive losses wait for the others.
+    plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
     if main:
         (out / "config.yaml").write_text(config_yaml)
         rows = effective_recipe(optimizer, method, lr=peak_lr)
         (out / "recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
         arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
-        plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
         announcement = [
             f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
             f"{loader.describe()}{_ignored_note(source)}, views of {'x'.join(map(str, method.view_size))}",
