@@ -78,10 +78,10 @@ def extract_features(
     labels, index = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
     done = 0
     for batch in _shown(loader.sequential(batch_size=batch_size), title=title, total=-(-size // batch_size)):
-        batch = augment({**batch, "crops": to_device(batch["crops"], device)})
+        batch = augment(to_device(batch, device))
         found = extract(batch["views"][0]).float().cpu()  # (B, D)
         if not torch.isfinite(found).all():
-            where = batch["index"][~torch.isfinite(found).all(dim=1)][0].item()
+            where = batch["index"].cpu()[~torch.isfinite(found).all(dim=1)][0].item()
             raise ValueError(
                 f"the features of {loader.source.describe(int(where))} are not finite; the backbone has diverged. "
                 "Judge an earlier checkpoint, or give precision=fp32"
@@ -89,7 +89,7 @@ def extract_features(
         if done == 0:
             features = torch.empty(size, found.shape[1])  # (N, D), once: what is kept does not grow
         rows = slice(done, done + len(found))
-        features[rows], labels[rows], index[rows] = found, batch["label"], batch["index"]
+        features[rows], labels[rows], index[rows] = found, batch["label"].cpu(), batch["index"].cpu()
         done += len(found)
     # The loader shows another image in the place of one that it cannot decode; here that would count it twice.
     readable = torch.from_numpy(~np.isin(index.numpy(), list(loader.bad)))
