@@ -347,6 +347,22 @@ def test_prefetch_is_bounded():
     iterator.close()
 
 
+@pytest.mark.parametrize("make_loader", [make, decoded])
+def test_a_transform_is_applied_by_the_loaders_threads(make_loader):
+    names, counts = set(), set()
+
+    def transform(batch: dict) -> dict:
+        names.add(threading.current_thread().name)
+        counts.add(torch.get_num_threads())
+        return {**batch, "views": [crops.float() / 255 for crops in batch["crops"]]}
+
+    source = images(20, equal=True)
+    batch = next(make_loader(source, transform=transform).sequential(batch_size=20))
+    assert torch.equal(batch["views"][1], batch["crops"][1] / 255)
+    assert counts == {1}
+    assert all(name.startswith("loader-") for name in names)
+
+
 def test_torchs_threads_are_the_consumers_own_again():
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class Loader:
     beside those that the consumer keeps. `bad` tells the images that were replaced, `in_memory` whether the decoded set
     is held, `image_shape` (C, H, W) where all images agree (where they are not held: all of a sample).
 
+    `transform` is applied to each whole batch by one of the threads: where the model runs on the CPU, `Augment` belongs
+    there. In the model's thread torch would cut each small step over all cores, which the loader's threads hold too,
+    and wait for the slowest.
+
     Raises BadImages when more than `max_bad_fraction` of the images cannot be decoded, and ValueError for impossible
     settings.
     """
@@ -68,6 +72,7 @@ class Loader:
         max_bad_fraction: float = 0.01,
         prefetch: int = 2,
         pin_memory: bool = False,
+        transform: Callable[[Batch], Batch] | None = None,
     ):
         _check_settings(source, threads=threads, prefetch=prefetch)
         self.source = source
@@ -78,6 +83,7 @@ class Loader:
         self.num_noise = num_noise
         self.threads = available_cores() if threads is None else threads
         self.prefetch = prefetch
+        self.transform = transform
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.reader = Reader(source, channels=channels)
         self.bad_list = BadList(source, seed=seed, max_fraction=max_bad_fraction)
@@ -209,13 +215,14 @@ class _BatchJob:
             for view in range(len(loader.views))
         ]
         noise = uniforms(loader.seed, self.epoch, self.index, "noise", loader.num_noise)
-        return {
+        batch = {
             "index": self._tensor(self.index),
             "label": self._tensor(np.asarray(loader.source.labels)[self.shown].astype(np.int64)),
             "crops": self.crops,
             "parameters": parameters,
             "noise": self._tensor(noise),
         }
+        return batch if loader.transform is None else loader.transform(batch)
 
     def sample(self, index: np.ndarray, sizes: np.ndarray) -> list[Parameters]:
         """Every view's parameters for images of these (height, width)."""
