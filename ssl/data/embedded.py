@@ -17,7 +17,7 @@ from ssl.randomness import uniforms
 _CHUNK = 128  # images made at once, so that the arrays stay in the cache
 _HELD_BYTES = 2**28  # larger sets are made image by image when they are read
 _NOISE_SIDE = 256
-_NUM_BLOBS = 4
+_NUM_BLOBS = 2
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -92,7 +92,7 @@ def _render_chunk(index: np.ndarray, draw: _Draws, noise: np.ndarray, size: int)
     image = _background(draw, x, y, ground, other)  # (B, S, S, 3)
     for blob in range(_NUM_BLOBS):
         away = np.hypot(x - draw(f"blob x {blob}", -1, 1), y - draw(f"blob y {blob}", -1, 1))  # (B, S, S)
-        _paint(image, away - draw(f"blob radius {blob}", 0.06, 0.24), pixel, draw(f"blob colour {blob}", count=3))
+        _paint(image, away - draw(f"blob radius {blob}", 0.06, 0.22), pixel, draw(f"blob colour {blob}", count=3))
 
     radius = draw("radius", 0.55, 0.9)
     angle, stretch = draw("angle", -0.5, 0.5), np.exp(draw("stretch", -0.2, 0.2))
@@ -113,13 +113,13 @@ def _render_chunk(index: np.ndarray, draw: _Draws, noise: np.ndarray, size: int)
 
     turn = draw("bar angle", 0, 3.1416)
     bar = np.abs(np.cos(turn) * x + np.sin(turn) * y - draw("bar place", -0.8, 0.8)) - draw("bar width", 0.05, 0.12)
-    present = draw("bar present") < 0.4
+    present = draw("bar present") < 0.25
     _paint(image, np.where(present, bar, 1.0), pixel, draw("bar colour", count=3))
 
     place = (draw("noise place", 0, _NOISE_SIDE, count=2)).astype(np.int64)  # (B, 2)
     rows = (place[:, :1] + np.arange(size)) % _NOISE_SIDE  # (B, S)
     columns = (place[:, 1:] + np.arange(size)) % _NOISE_SIDE
-    image += noise[rows[:, :, None], columns[:, None, :]] * draw("noise", 0.01, 0.07)[..., None]
+    image += noise[rows[:, :, None], columns[:, None, :]] * draw("noise", 0.0, 0.03)[..., None]
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -145,7 +145,7 @@ def _background(draw: _Draws, x: np.ndarray, y: np.ndarray, ground: np.ndarray, 
     for wave in range(2):
         turn, speed = draw(f"wave angle {wave}", 0, 3.1416), draw(f"wave speed {wave}", 2, 14)
         phase = speed * (np.cos(turn) * x + np.sin(turn) * y) + draw(f"wave phase {wave}", 0, 6.2832)
-        mix += draw(f"wave height {wave}", 0, 0.35) * np.sin(phase)
+        mix += draw(f"wave height {wave}", 0, 0.25) * np.sin(phase)
     return ground[:, None, None] + mix[..., None] * (other - ground)[:, None, None]
 
 
