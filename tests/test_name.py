@@ -65,10 +65,16 @@ def test_pythonpath_serves_every_folder_and_safe_path(tmp_path: Path) -> None:
     assert _run("-P", "-c", IMPORT_ALONE, cwd=tmp_path, pythonpath=ROOT) == "CERT_REQUIRED\n"
 
 
-def test_another_folder_without_pythonpath_gives_the_error_that_the_readme_names(tmp_path: Path) -> None:
-    done = _try("-m", "ssl.pretrain", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "'ssl' is not a package" in done.stderr or "__path__ attribute not found on 'ssl'" in done.stderr
+def test_another_folder_without_pythonpath_gives_the_errors_that_the_readme_names(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    for arguments, message in [
+        (("-m", "ssl.pretrain"), "__path__ attribute not found on 'ssl' while trying to find 'ssl.pretrain'"),
+        (("-c", "import ssl.pretrain"), "'ssl' is not a package"),
+    ]:
+        done = _try(*arguments, cwd=tmp_path)
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert message in readme
 
 
 def test_a_notebook_that_imported_the_standard_module_gets_our_parts_through_eval(tmp_path: Path) -> None:
