@@ -27,7 +27,13 @@ USAGE = """{command} needs ckpt=, what is judged:
 
 def judge(config: DictConfig, score: Score, *, command: str, next_command: str) -> dict[str, Any]:
     """Read features, score them, write `<out>/<name>.json` and print the outcome; returns what was written."""
-    judged = read_features(config, command=command)
+    result = report(config, read_features(config, command=command), score)
+    print(f"next: {next_command} {same_subject(config)}", flush=True)
+    return result
+
+
+def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
+    """Score features that have been read, write the JSON and print the outcome; returns what was written."""
     began = time.perf_counter()
     metrics, settings, how = score(config, judged)
     protocol = {
@@ -46,7 +52,7 @@ def judge(config: DictConfig, score: Score, *, command: str, next_command: str) 
     )
     for note in protocol["notes"]:
         print(f"note: {note}")
-    print(f"written: {path}\nnext: {next_command} {same_subject(config)}", flush=True)
+    print(f"written: {path}", flush=True)
     return {"metrics": metrics, "protocol": protocol, "path": str(path)}
 
 
