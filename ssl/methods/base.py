@@ -12,9 +12,10 @@ Batch = dict[str, Any]
 class Method(nn.Module):
     """A backbone, the heads that only pretraining needs, and a loss.
 
-    The trainer calls `forward` alone, through DistributedDataParallel, with a batch of
-    `views`: list of V float tensors (B, C, H, W), normalised; `noise`: (B, num_noise) uniform numbers in [0, 1);
-    `index`: (B,) and `label`: (B,), -1 where there is none. It returns `loss`, and any scalars to log beside it, detached.
+    The trainer calls `forward` alone, through DistributedDataParallel, with a batch of `views`: list of V float tensors
+    (B, C, H, W), normalised; `noise`: (B, num_noise) uniform numbers in [0, 1); `index`: (B,), and `label`: (B,), -1 where
+    there is none. It returns `loss`, and any scalars to log beside it, detached. A class
+    that shows the backbone patches may offer `stem_size(image_size, **settings)`, which `model.stem=auto` then goes by.
     """
 
     backbone: nn.Module
@@ -23,9 +24,11 @@ class Method(nn.Module):
     view_size: tuple[int, int]
     """Height and width of the views that `forward` takes, in pixels."""
     couples_images: bool = False
-    """True where an image's loss depends on the other images of the global batch, as contrastive losses do. Such a method
-    offers `forward(batch, embed_only=True)` -> (B, V, Z) and `contrast((B, V, Z))` -> {"loss": ...}, so that accumulation
-    can keep all negatives."""
+    """True where an image's loss depends on the other images of the global batch, as contrastive losses do.
+
+    Such a method offers `forward(batch, embed_only=True)` -> (B, V, Z) and `contrast((B, V, Z))` -> {"loss": ...}, so
+    that accumulation can keep all negatives.
+    """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
