@@ -13,9 +13,9 @@ class Method(nn.Module):
     """A backbone, the heads that only pretraining needs, and a loss.
 
     The trainer calls `forward` alone, through DistributedDataParallel, with a batch of `views`: list of V float tensors
-    (B, C, H, W), normalised; `noise`: (B, num_noise) uniform numbers in [0, 1); `index`: (B,), and `label`: (B,), -1 where
-    there is none. It returns `loss`, and any scalars to log beside it, detached. A class
-    that shows the backbone patches may offer `stem_size(image_size, **settings)`, which `model.stem=auto` then goes by.
+    (B, C, H, W), normalised; `noise`: (B, num_noise) uniform numbers in [0, 1); `index`: (B,), and `label`: (B,), -1
+    where there is none. It returns `loss`, and any scalars to log beside it, detached. A class that shows the backbone
+    patches may offer `stem_size(image_size, **settings)`, which `model.stem=auto` then goes by.
     """
 
     backbone: nn.Module
