@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eval.config import register_schemas
 from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
+from ssl.config import check
 
 Score = Callable[[DictConfig, Judged], tuple[dict[str, float], dict[str, Any], str]]
 """From features to (metrics, settings for the protocol, how it is called in the printed line)."""
@@ -76,6 +77,9 @@ def start(run: Callable[[DictConfig], dict[str, Any]], *, command: str) -> None:
         if config.ckpt is None:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
+        schema = OmegaConf.get_type(config)
+        assert schema is not None
+        check(config, schema)
         return run(config)["metrics"]["top1"]
 
     run_command(task, config_name=command.removeprefix("eval."))

@@ -16,7 +16,7 @@ class EvalDataConfig:
     """A data yaml; null: as in the checkpoint."""
 
     name: str = MISSING
-    root: str | None = None
+    root: str | None = MISSING
     source: dict[str, Any] | None = None
     limit: int | None = None
     image_size: Any = None
@@ -37,6 +37,7 @@ class EvalConfig:
     seed: int = 0
     device: Device = Device.auto
     precision: Precision = Precision.auto
+    pooling: str = "model"  # model: what timm's classifier would read; patches: the mean of a ViT's patch tokens
     batch_size: int = 256  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # folder of the JSON; null: <run folder>/eval

@@ -15,10 +15,12 @@ from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.views import View
 from ssl.models.backbones import is_token_model, pooled_features
+from ssl.models.tokens import encode
 from ssl.trainer import to_device
 
 PIXEL_SIDE = 32
 WHOLE_UP_TO = 96
+POOLINGS = ("model", "patches")
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -38,8 +40,16 @@ def centre_view(size: tuple[int, int]) -> View:
     return View(crop="center", fraction=1.0 if max(size) <= WHOLE_UP_TO else 0.875)
 
 
-def backbone_features(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Extract:
-    """The function from normalised images (B, C, H, W) to pooled features (B, D); the model is put in eval mode."""
+def backbone_features(model: nn.Module, *, device: torch.device, dtype: torch.dtype, pooling: str = "model") -> Extract:
+    """The function from normalised images (B, C, H, W) to pooled features (B, D); the model is put in eval mode.
+
+    `pooling` is `model`, what timm's classifier would read (a vision transformer's class token, a ResNet's average), or
+    `patches`, the mean of a vision transformer's patch tokens. Raises ValueError for `patches` of another model.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if pooling == "patches" and not is_token_model(model):
+        raise ValueError(f"pooling=patches needs a vision transformer, got {type(model).__name__}; leave it at model")
     model = model.to(device).eval()
     channels_last = not is_token_model(model)
     if channels_last:
@@ -49,7 +59,10 @@ def backbone_features(model: nn.Module, *, device: torch.device, dtype: torch.dt
         if channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return pooled_features(model, image)  # (B, D)
+            if pooling == "model":
+                return pooled_features(model, image)  # (B, D)
+            tokens = encode(model, image, None)  # (B, prefix+N, D)
+            return tokens[:, model.num_prefix_tokens :].mean(1)  # (B, D)
 
     return extract
 

@@ -64,6 +64,7 @@ def read_features(config: DictConfig, *, command: str) -> Judged:
     device = choose_device(config.device.name)
     dtype = choose_dtype(config.precision.name, device)
     _check_model(config)
+    _check_pooling(config)
 
     loaded = None if ckpt in BASELINES else load_backbone(ckpt)
     own = given["name"] == "checkpoint" and loaded is not None
@@ -73,6 +74,8 @@ def read_features(config: DictConfig, *, command: str) -> Judged:
     subject = make_subject(config, loaded, splits.train, data=data, device=device, dtype=dtype)
     folder = open_folder(Path(config.out).expanduser() if config.out else subject.folder / "eval")
     other = "" if own or loaded is None else f"_{data['name']}"
+    if config.pooling != "model":
+        other += f"_{config.pooling}"
 
     began = time.perf_counter()
     features = {}
@@ -148,12 +151,16 @@ def make_subject(
             "pretraining_seed": loaded.config.get("seed"),
         }
         return Subject(
-            extract=backbone_features(loaded.model, device=device, dtype=dtype),
+            extract=backbone_features(loaded.model, device=device, dtype=dtype, pooling=config.pooling),
             image_size=loaded.spec.image_size,
             channels=loaded.spec.in_chans,
             mean=loaded.mean,
             std=loaded.std,
-            identity={"checkpoint": checkpoint, "backbone": loaded.spec.to_dict(), "pooling": pooling(loaded.model)},
+            identity={
+                "checkpoint": checkpoint,
+                "backbone": loaded.spec.to_dict(),
+                "pooling": pooling(loaded.model, config.pooling),
+            },
             title=str(loaded.path),
             folder=loaded.run_dir,
         )
@@ -176,12 +183,12 @@ def make_subject(
         model_args=_plain(config.model.args),
     )
     return Subject(
-        extract=backbone_features(model, device=device, dtype=dtype),
+        extract=backbone_features(model, device=device, dtype=dtype, pooling=config.pooling),
         image_size=size,
         channels=channels,
         mean=mean,
         std=std,
-        identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model)},
+        identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model, config.pooling)},
         title=f"untrained {config.model.name}",
         folder=runs / f"random_{config.model.name}_{data['name']}" / f"seed{config.seed}",
     )
@@ -204,8 +211,10 @@ def make_loader(
     )
 
 
-def pooling(model: torch.nn.Module) -> str | None:
-    """How timm pools the last layer: `avg`, `token`..."""
+def pooling(model: torch.nn.Module, chosen: str) -> str | None:
+    """`patches` where that was chosen, else how timm pools the last layer: `avg`, `token`..."""
+    if chosen != "model":
+        return chosen
     pool = getattr(model, "global_pool", None)
     return pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
 
@@ -224,6 +233,11 @@ def _check_model(config: DictConfig) -> None:
         raise ValueError(
             f"model= has no effect with ckpt={config.ckpt}, which brings its own; leave it out, or give ckpt=random"
         )
+
+
+def _check_pooling(config: DictConfig) -> None:
+    if config.ckpt == "pixels" and config.pooling != "model":
+        raise ValueError(f"pooling={config.pooling} has no effect with ckpt=pixels; leave it out")
 
 
 def _plain(node: Any) -> Any:

@@ -71,7 +71,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING
-    root: str | None = None
+    root: str | None = MISSING  # of a set on disk; null for one that is made
     source: dict[str, Any] = MISSING
     limit: int | None = None
     image_size: Any = None  # pixels, or [height, width]
@@ -211,13 +211,22 @@ def unknown_keys(config: DictConfig, schema: type) -> Iterator[str]:
 
 def check(config: DictConfig, schema: type) -> None:
     """Raise ValueError on values that are required and missing, and on keys that nothing reads."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_missing(OmegaConf.to_container(config)))
     if missing:
         raise ValueError("this must be given: " + ", ".join(f"{name}=..." for name in missing))
     extra = sorted(unknown_keys(config, schema))
     if extra:
         names = sorted(f.name for f in fields(schema))
         raise ValueError(f"nothing reads {', '.join(extra)}; the keys are {', '.join(names)}")
+
+
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of what is `???`. OmegaConf.missing_keys stops at an interpolation of a missing value instead."""
+    if node == MISSING:
+        yield prefix
+    elif isinstance(node, Mapping):
+        for key, child in node.items():
+            yield from _missing(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def suggest(config: DictConfig, overrides: list[str]) -> str | None:

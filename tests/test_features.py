@@ -131,3 +131,21 @@ def test_a_diverged_backbone_is_refused_with_the_image_named():
 
     with pytest.raises(ValueError, match=r"made image 2 are not finite.*earlier checkpoint"):
         read(Pixels(images), diverges)
+
+
+def test_patch_pooling_is_the_mean_of_the_tokens_behind_the_class_token():
+    torch.manual_seed(0)
+    args = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    model, _ = build_backbone("vit_tiny_patch16_224", image_size=(32, 32), patch_size=8, model_args=args)
+    image = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        found = backbone_features(model, device=CPU, dtype=torch.float32, pooling="patches")(image)
+        expected = model.forward_features(image)[:, 1:].mean(1)
+        of_model = backbone_features(model, device=CPU, dtype=torch.float32)(image)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, of_model)
+
+
+def test_patch_pooling_of_a_convnet_is_refused():
+    with pytest.raises(ValueError, match="pooling=patches needs a vision transformer, got ResNet"):
+        backbone_features(tiny_resnet(), device=CPU, dtype=torch.float32, pooling="patches")
