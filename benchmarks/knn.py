@@ -70,15 +70,13 @@ def main() -> None:
             began = time.perf_counter()
             top1[name] = way(*data)
             seconds[name].append(time.perf_counter() - began)
-    print(
-        f"{given.queries:,} queries in {given.bank:,} x {given.dim}, {torch.get_num_threads()} threads, best of {given.rounds}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{given.queries:,} queries in {given.bank:,} x {given.dim}, {threads} threads, best of {given.rounds}")
     slowest = min(seconds["scikit-learn brute"])
     for name, times in seconds.items():
         best = min(times)
-        print(
-            f"{name:<20}{best:8.2f} s{given.queries / best:10,.0f}/s  ratio {slowest / best:5.2f}  top-1 {top1[name]:.4f}"
-        )
+        speed = f"{best:8.2f} s{given.queries / best:10,.0f}/s  ratio {slowest / best:5.2f}"
+        print(f"{name:<20}{speed}  top-1 {top1[name]:.4f}")
 
 
 if __name__ == "__main__":

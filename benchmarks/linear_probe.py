@@ -62,13 +62,11 @@ def main() -> None:
         )  # fmt: skip
         together.append(time.perf_counter() - began)
     apart = max((heads.only(i).weight.T - weight).abs().max().item() for i, weight in enumerate(weights))
-    print(
-        f"{len(grid)} heads, {given.steps} steps of {given.batch_size}, {given.images:,} x {given.dim}, {given.classes} classes"
-    )
+    size = f"{given.steps} steps of {given.batch_size}, {given.images:,} x {given.dim}, {given.classes} classes"
+    print(f"{len(grid)} heads, {size}, {torch.get_num_threads()} threads")
     print(f"one at a time {min(alone):8.2f} s")
-    print(
-        f"all at once   {min(together):8.2f} s  ratio {min(alone) / min(together):.2f}; weights differ by {apart:.1e} at most"
-    )
+    ratio = min(alone) / min(together)
+    print(f"all at once   {min(together):8.2f} s  ratio {ratio:.2f}; weights differ by {apart:.1e} at most")
 
 
 if __name__ == "__main__":

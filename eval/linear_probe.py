@@ -15,7 +15,7 @@ from eval.heads import Standardizer, choose, score_heads, train_heads
 from eval.subject import Judged
 from ssl.data.subset import split_held_out
 
-LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAY = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a few images per class want the largest
 
 
