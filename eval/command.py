@@ -6,11 +6,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from eval.config import register_schemas
+from eval.config import EvalConfig, register_schemas
 from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
@@ -58,15 +60,12 @@ def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
 
 
 def same_subject(config: DictConfig) -> str:
-    """The words of the command line that name the same subject again."""
-    words = [f"ckpt={config.ckpt}"]
-    if config.data.name != "checkpoint":
-        words.append(f"data={config.data.name}")
-    if config.data.root is not None:
-        words.append(f"data.root={config.data.root}")
-    if config.model is not None:
-        words.append("model=<the same>")
-    return shlex.join(words) if config.model is None else " ".join(words)
+    """The words of the command line that name the same subject on the same images again."""
+    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    shared = {field.name for field in fields(EvalConfig)} - {"name"}
+    words = [word for word in typed if word.split("=")[0].split(".")[0] in shared]
+    own = f"ckpt={config.ckpt}"
+    return shlex.join(words if own in words else [own])  # called from Python nothing was typed
 
 
 def start(run: Callable[[DictConfig], dict[str, Any]], *, command: str) -> None:

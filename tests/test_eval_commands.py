@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -139,6 +140,15 @@ def test_one_test_image_is_enough():
 
 def test_the_limit_of_the_run_holds_unless_another_is_given(a_run):
     assert call(knn, f"ckpt={a_run}", "data.limit=60")["protocol"]["data"]["num_train"] == 60
+
+
+def test_the_next_command_repeats_what_was_typed_of_the_subject(monkeypatch, capsys):
+    words = ["ckpt=random", *TINY, *SMALL, "k=[3]", "seed=2"]
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["eval.knn.py", *words, *QUICK])
+    start(knn.run, command="eval.knn")
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m eval.linear_probe ")
+    assert shlex.split(command) == ["ckpt=random", *TINY, *SMALL, "seed=2", *QUICK]
 
 
 # ---- labels and splits ---------------------------------------------------------------------------------------------
