@@ -15,3 +15,5 @@ import ssl  # noqa: E402
 
 if not hasattr(ssl, "__path__"):
     ssl.__path__ = [str(ROOT / "ssl")]
+
+import ssl.openmp  # noqa: E402  # before torch

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import ssl.openmp  # before torch  # noqa: F401
+
+# isort: split
 import json
 import logging
 import os
