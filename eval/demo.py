@@ -31,6 +31,7 @@ from ssl.config import CONF
 OUT = Path("runs/demo")
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 6
 PROBE_STEPS = 500
+CLEARLY = 0.2
 SUBJECTS = {"raw pixels": "pixels", "untrained": "random", "trained": "the run"}
 
 
@@ -147,11 +148,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def check_won(rows: Sequence[Row]) -> None:
+    """Raise ValueError unless the trained backbone beats the untrained one by `CLEARLY` in both scores."""
+    untrained, trained = rows[1], rows[2]
+    if min(trained.knn - untrained.knn, trained.linear - untrained.linear) < CLEARLY:
+        raise ValueError(f"the trained backbone does not win clearly (by {CLEARLY:.0%}); something is wrong here")
+
+
 def main() -> None:
     """The command line: words like `trainer.epochs=10` go to `ssl.pretrain`, `out=` names the folder."""
     given = [word for word in sys.argv[1:] if word.startswith("out=")]
     try:
-        run(Path(given[-1][4:]) if given else OUT, [word for word in sys.argv[1:] if word not in given])
+        check_won(run(Path(given[-1][4:]) if given else OUT, [word for word in sys.argv[1:] if word not in given]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

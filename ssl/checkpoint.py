@@ -75,7 +75,8 @@ def save(
     backbone, rest = _split_backbone(method.state_dict())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in final.parent.glob(".partial_step_*"):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         _save_tensors(backbone, partial / "model.safetensors")
         _save_tensors(rest, partial / "method.safetensors")
@@ -113,9 +114,12 @@ def save(
     return final
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> None:
-    """Remove all but the last `keep_last` checkpoints and those at multiples of `keep_every_steps`."""
-    folders = steps_saved(run_dir)
+def prune(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: int | None) -> None:
+    """Remove all but the last `keep_last` checkpoints and those at multiples of `keep_every_steps`.
+
+    `newest` is the step just saved: a later one is damaged, was passed over, and does not count.
+    """
+    folders = [(step, folder) for step, folder in steps_saved(run_dir) if step <= newest]
     for step, folder in folders[: max(len(folders) - keep_last, 0)]:
         if not (keep_every_steps and step % keep_every_steps == 0):
             shutil.rmtree(folder, ignore_errors=True)
@@ -206,9 +210,10 @@ def resume(
         rest = _load_tensors(folder / "method.safetensors")
         _load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
         if ema is not None:
-            if not (folder / "ema.safetensors").exists():
-                raise ValueError(f"{folder} holds no moving average; it was made without trainer.ema_decay")
-            _match_keys(ema.keys(), averages := _load_tensors(folder / "ema.safetensors"), folder)
+            averages = method.state_dict()  # where the run kept none until now, the average starts here
+            if (folder / "ema.safetensors").exists():
+                averages = _load_tensors(folder / "ema.safetensors")
+            _match_keys(ema.keys(), averages, folder)
             for name, tensor in averages.items():
                 ema[name].copy_(tensor)
         return state, _load_tensors(folder / "optimizer.safetensors")

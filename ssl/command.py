@@ -4,8 +4,10 @@ code.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,11 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
         except KeyboardInterrupt:
             _say("interrupted; what was saved stays, and the same command continues from it")
             raise SystemExit(130) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             if os.environ.get(FULL_ERROR) == "1":
                 raise
+            if isinstance(error, RuntimeError):  # not the user's mistake, as far as we know: show where
+                traceback.print_exc()
             _say(f"error: {error}")
             if not sweeping:
                 raise SystemExit(1) from None
@@ -71,16 +75,16 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
 
 
 def run_folder(default: Path, given: str | None) -> Path:
-    """`given`, or the default with, in a sweep, what the run overrides beside it, so that no two runs of a sweep
-    share a folder.
-    """
+    """`given`, or the default, in a sweep with what the run overrides: no two runs of a sweep share a folder."""
     if given is not None:
         return Path(given).expanduser()
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         return default
     suffix = "".join(c if c.isalnum() or c in "._-" else "-" for c in hydra_config.job.override_dirname)
-    return default.with_name(f"{default.name}_{suffix}"[:120]) if suffix else default
+    if len(suffix) > 100:
+        suffix = f"{suffix[:90]}_{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
+    return default.with_name(f"{default.name}_{suffix}") if suffix else default
 
 
 def choices() -> dict[str, str]:

@@ -6,8 +6,10 @@ type is refused before any device is touched. Parts that users add (methods, dat
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -178,7 +180,23 @@ def build(node: Mapping[str, Any] | DictConfig, *, within: str | None = None, **
         raise ValueError(
             f"this config comes from a file and may only name parts of {within}*, got `_target_: {target}`"
         )
-    return locate(str(target))(**values, **runtime)
+    part = locate(str(target))
+    try:
+        inspect.signature(part).bind(**values, **runtime)
+    except TypeError as error:
+        takes = [name for name in inspect.signature(part).parameters if name not in runtime]
+        raise ValueError(f"{target}: {error}; in a config it takes {', '.join(takes)}") from error
+    with wrong_types(str(target)):
+        return part(**values, **runtime)
+
+
+@contextlib.contextmanager
+def wrong_types(what: str) -> Iterator[None]:
+    """Turn what a value of a wrong type runs into, in a part without a schema, into a ValueError that names it."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{what} was given a value of a wrong type: {error}") from error
 
 
 def locate(target: str) -> Callable[..., Any]:
@@ -227,6 +245,18 @@ def _missing(node: Any, prefix: str = "") -> Iterator[str]:
     elif isinstance(node, Mapping):
         for key, child in node.items():
             yield from _missing(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
+    """Raise ValueError on numbers that no run can have."""
+    for name in ("log_every_steps", "checkpoint_every_steps", "keep_last", "keep_every_steps"):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    if trainer.ema_decay is not None and not 0 <= trainer.ema_decay < 1:
+        raise ValueError(f"trainer.ema_decay must lie in [0, 1), or be null for no average; got {trainer.ema_decay}")
+    if trainer.clip_grad_norm is not None and not trainer.clip_grad_norm > 0:
+        raise ValueError(f"trainer.clip_grad_norm must be positive, or null for none; got {trainer.clip_grad_norm}")
 
 
 def suggest(config: DictConfig, overrides: list[str]) -> str | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,30 +40,40 @@ def num_processes(device: str, devices: int | None) -> int:
 def run_processes(count: int, words: Sequence[str]) -> int:
     """Run `python -m ssl.pretrain <words>` on `count` processes and wait; returns the exit code.
 
+    Raises KeyboardInterrupt where a signal ended them.
+
     Ctrl-C and SIGTERM reach the processes, which save and stop; this one waits for them.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     environment.setdefault("OMP_NUM_THREADS", str(max(available_cores() // count, 1)))
+    # Seconds that torch elastic leaves the processes to save and stop; 30 may be less than a few large steps.
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     child = subprocess.Popen([*launcher, "-m", "ssl.pretrain", *words], env=environment)
-    previous = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to the children too
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number)),
-    }
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C the terminal sends to the children itself
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
+    return code
 
 
 def hydra_flags(arguments: Sequence[str]) -> list[str]:
-    """Of a command line, the flags that say where configs lie: `--config-dir DIR` and its short form."""
+    """Of a command line, the flags that say where configs lie: `--config-dir DIR` and the like."""
+    names = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
     flags: list[str] = []
     for position, argument in enumerate(arguments):
-        if argument.startswith(("--config-dir=", "-cd=")):
-            flags.append(argument)
-        elif argument in ("--config-dir", "-cd"):
-            flags += list(arguments[position : position + 2])
+        if argument.partition("=")[0] in names:
+            flags += list(arguments[position : position + (1 if "=" in argument else 2)])
     return flags

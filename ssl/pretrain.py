@@ -23,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
 from ssl.command import choices, run_command, run_folder
-from ssl.config import PretrainConfig, build, check, locate, register_schemas
+from ssl.config import PretrainConfig, build, check, check_trainer, locate, register_schemas, wrong_types
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
-from ssl.data.sources import Source
+from ssl.data.sources import Source, checksum
 from ssl.data.subset import limit
 from ssl.data.views import make_views
 from ssl.launch import hydra_flags, num_processes, run_processes
@@ -57,11 +57,14 @@ FREE = (
     "trainer.keep_every_steps",
     "trainer.pictures",
     "trainer.compile",
-    "data.root",
+    "data.root",  # the images themselves are compared
     "data.source.root",
+    "data.source.download",
+    "data.source.held_gib",
     "data.in_memory_gib",
+    "data.max_bad_fraction",
 )
-"""Settings that may change between two starts of one run: they move none of its numbers."""
+"""Settings that may change between two starts of one run: it stays the same run."""
 
 
 def run(config: DictConfig, *, out: Path) -> dict[str, float]:
@@ -70,13 +73,19 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     """
     check(config, PretrainConfig)
     settings = config.trainer
+    check_trainer(settings)
     device = distributed.start(settings.device.name)
     dtype = choose_dtype(settings.precision.name, device)
     _open_run_folder(out)
 
     # ---- data ------------------------------------------------------------------------------------------------------
     data = config.data
+    first_here = distributed.local_rank() == 0
+    if data.source.get("download") and not first_here:
+        distributed.barrier()  # one process of a machine downloads
     source = build(data.source, split="train")
+    if data.source.get("download") and first_here:
+        distributed.barrier()
     if data.limit is not None:
         source = limit(source, data.limit, seed=config.seed)
     image_size = choose_image_size(_plain(data.image_size), source)
@@ -106,7 +115,8 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         _attend_by_matmul(method)
 
     # ---- views -----------------------------------------------------------------------------------------------------
-    views = make_views(_plain(config.augment.views))
+    with wrong_types("augment.views"):
+        views = make_views(_plain(config.augment.views))
     augment = Augment(views, mean=list(data.mean), std=list(data.std)).to(device)
     loader = Loader(
         source,
@@ -132,7 +142,8 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     optim = config.optim
     peak_lr = scaled_lr(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
     groups = parameter_groups(method, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
-    optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **_plain(optim.options))
+    with wrong_types("optim.options"):
+        optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **_plain(optim.options))
     schedule = make_schedule(
         config.schedule.name.name,
         steps_per_epoch=steps_per_epoch,
@@ -149,14 +160,23 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     resumed = checkpoint.resume(
         out, method=method, ema=ema, warn=log.warning, check=lambda folder: _same_recipe(config, folder)
     )
-    start_step = 0
+    start_step, scaler_state = 0, {}
     if resumed is not None:
         state, optimizer_tensors = resumed
+        if not config.accept_changes:
+            _same_images(state, source, out)
         tensors_to_state(optimizer, optimizer_tensors)
-        start_step = state["step"]
+        start_step, scaler_state = state["step"], state["scaler"]
+    del resumed  # with a second copy of the optimizer's state
+    steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
 
     # ---- what this run will be, in words ---------------------------------------------------------------------------
     main = distributed.is_main()
+    few = _first_images(loader, device, count=8)
+    # On every rank: it runs the method forward, where contrastive losses wait for the others.
+    plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
     tracker = Tracker(
         out,
         config=_plain(config),
@@ -168,9 +188,6 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         is_main=main,
         resume_step=start_step,
     )
-    few = _first_images(loader, device, count=8)
-    # On every rank: it runs the method forward, where contrastive losses wait for the others.
-    plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
     if main:
         (out / "config.yaml").write_text(config_yaml)
         rows = effective_recipe(optimizer, method, lr=peak_lr)
@@ -208,14 +225,17 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
                     "epoch": step / steps_per_epoch,
                     "seed": config.seed,
                     "num_images": len(source),
+                    "images": checksum(source),
+                    "scaler": trainer.scaler.state_dict(),
                     "metrics": latest,
                 },
                 mean=list(data.mean),
                 std=list(data.std),
             )
-            checkpoint.prune(out, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
+            checkpoint.prune(out, newest=step, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
             if settings.pictures:
                 _show(tracker, step, method, augment, few, mean=list(data.mean), std=list(data.std))
+        distributed.barrier()  # nobody leaves, or says that it is saved, before it is
 
     trainer = Trainer(
         method,
@@ -238,6 +258,8 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         save=on_save,
         last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
     )
+    if scaler_state and trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(scaler_state)
     try:
         with loader:
             batches = loader.batches(
@@ -250,10 +272,13 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
             trainer.fit(batches, start_step=start_step, stop_step=stop_step, global_batch_size=global_batch_size)
         if main:
             was = "was already complete" if start_step >= stop_step else "is complete"
-            print(f"the run {was} at step {stop_step}: {out}\nnext: python -m eval.knn ckpt={out}", flush=True)
+            print(
+                f"the run {was} at step {max(start_step, stop_step)}: {out}\nnext: python -m eval.knn ckpt={out}",
+                flush=True,
+            )
     finally:
         tracker.close()
-        distributed.stop()
+    distributed.stop()  # not after an error: the other ranks may be waiting, and the launcher ends them
     return latest
 
 
@@ -271,8 +296,11 @@ def _task(config: DictConfig) -> dict[str, float]:
     if count == 1:
         return run(config, out=out)
     check(config, PretrainConfig)
-    words = [word for word in HydraConfig.get().overrides.task if not word.startswith("out=")]
-    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out={out}"])
+    overrides = HydraConfig.get().overrides
+    words = [word for word in overrides.task if not word.startswith("out=")]
+    words += [word for word in overrides.hydra if word.startswith("hydra.searchpath")]
+    quoted = str(out).replace("'", "\\'")
+    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out='{quoted}'"])
     if code:
         raise ChildProcessError(f"the run on {count} processes ended with exit code {code}; what was saved is in {out}")
     return {}
@@ -300,16 +328,26 @@ def _same_recipe(config: DictConfig, folder: Path) -> None:
         return
     before = _flat(_plain(OmegaConf.create((folder / "run.yaml").read_text())))
     now = _flat(_plain(config))
+    free = tuple(key for key in FREE if key != "trainer.steps" or config.trainer.epochs is not None)
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if changed:
         raise ValueError(
             f"{folder.parent.parent} holds a run of another recipe:\n  "
             + "\n  ".join(changed)
             + "\nGive another out= for a new run, or accept_changes=true to continue this one under the new recipe"
+        )
+
+
+def _same_images(state: Mapping[str, Any], source: Source, out: Path) -> None:
+    """Raise ValueError where the run was trained on other images than the data's root holds now."""
+    if (state["num_images"], state["images"]) != (len(source), checksum(source)):
+        raise ValueError(
+            f"{out} holds a run on other images ({state['num_images']:,}; {source.name} has {len(source):,}); "
+            "give another out= for a new run, or accept_changes=true to continue on these"
         )
 
 

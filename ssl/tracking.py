@@ -60,6 +60,7 @@ class Tracker:
         keep_lines_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._progress = Progress(total_steps, start_step=resume_step)
+        self._estimated = False
         self._wandb = Wandb(
             self.run_dir,
             mode=wandb_mode,
@@ -74,10 +75,20 @@ class Tracker:
         if not self.is_main:
             return
         row = {"step": step} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self.run_dir / 'metrics.jsonl'} could not be written: {error}; make room, then run the same command "
+                "again"
+            ) from error
         self._wandb.log(row)
         self._progress.update(step, metrics)
+        left = self._progress.seconds_left(step)
+        if left and not self._estimated:
+            self._estimated = True
+            self.say(f"about {duration(left)} for the {self._progress.total_steps - step} steps to come")
 
     def images(self, step: int, name: str, image: np.ndarray, *, caption: str | None = None) -> None:
         """Save an uint8 (H, W, 3) picture as pictures/<name>_<step>.png, and give it to wandb."""
@@ -97,8 +108,19 @@ class Tracker:
         if not self.is_main or self._file.closed:
             return
         self._progress.close()
-        self._file.close()
-        self._wandb.close()
+        try:
+            self._file.close()
+        finally:
+            self._wandb.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
 
 
 def keep_lines_until(path: Path, step: int) -> None:

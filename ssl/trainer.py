@@ -111,8 +111,11 @@ class Trainer:
                     self.log(done, metrics)
                 stopping = self._agreed(caught, done)
                 if done % self.checkpoint_every_steps == 0 or last or stopping:
-                    self._collect(pending)  # a checkpoint is written only of a state whose losses were all finite
+                    self._collect(pending)
+                    self._check_weights(done)
+                    saving = time.perf_counter()
                     self.save(done)
+                    clock.start += time.perf_counter() - saving  # throughput is that of training
                 if stopping and not last:
                     raise Stopped(done, caught[0] if caught else "another rank")
 
@@ -224,6 +227,15 @@ class Trainer:
             )
         return dict(zip(names, rows.mean(dim=0).tolist(), strict=True))
 
+    def _check_weights(self, done: int) -> None:
+        """Raise NotFinite where the last update spoiled the weights, which its loss, taken before, does not show."""
+        sums = torch.stack([parameter.detach().sum(dtype=torch.float32) for parameter in self.method.parameters()])
+        if not sums.isfinite().all():
+            raise NotFinite(
+                f"the weights are not finite after step {done}; nothing of it was saved. Last good checkpoint: "
+                f"{self.last_saved()}. Try a lower optim.base_lr, trainer.clip_grad_norm=1, or trainer.precision=fp32"
+            )
+
     def _agreed(self, caught: list[str], done: int) -> bool:
         """Whether to stop now. Several ranks agree at logged steps only, so that other steps need no exchange."""
         if distributed.world_size() == 1:
@@ -251,7 +263,7 @@ class _Clock:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collect the names of stop signals; a second one is no longer caught.
+    """Collect the names of stop signals; a second Ctrl-C stops at once, while launchers may send SIGTERM twice.
 
     Outside the main thread nothing is installed.
     """
@@ -260,8 +272,8 @@ def _signals() -> Iterator[list[str]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(signal.Signals(number).name)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     try:
         for each in (signal.SIGINT, signal.SIGTERM):

@@ -199,5 +199,5 @@ def test_old_checkpoints_go_and_the_kept_ones_stay(tmp_path: Path):
     method, spec = made()
     for step in (10, 20, 25, 30, 35):
         save(tmp_path, step, method, spec)
-        checkpoint.prune(tmp_path, keep_last=2, keep_every_steps=20)
+        checkpoint.prune(tmp_path, newest=step, keep_last=2, keep_every_steps=20)
     assert [step for step, _ in checkpoint.steps_saved(tmp_path)] == [20, 30, 35]

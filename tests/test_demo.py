@@ -55,3 +55,11 @@ def test_a_failed_pretraining_ends_the_demo_with_its_exit_code(tmp_path, capfd):
         demo.run(tmp_path, ["trainer.epoch=1"])
     assert end.value.code == 1
     assert "trainer.epochs" in capfd.readouterr().err
+
+
+def test_a_backbone_that_does_not_win_clearly_is_an_error():
+    pixels, untrained = demo.Row("raw pixels", 0.3, 0.1), demo.Row("untrained", 0.1, 0.1)
+    demo.check_won([pixels, untrained, demo.Row("trained", 0.6, 0.7)])
+    for knn, linear in ((0.2, 0.7), (0.6, 0.2)):
+        with pytest.raises(ValueError, match="does not win clearly"):
+            demo.check_won([pixels, untrained, demo.Row("trained", knn, linear)])

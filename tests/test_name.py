@@ -66,7 +66,7 @@ def test_pythonpath_serves_every_folder_and_safe_path(tmp_path: Path) -> None:
 
 
 def test_another_folder_without_pythonpath_gives_the_errors_that_the_readme_names(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
     for arguments, message in [
         (("-m", "ssl.pretrain"), "__path__ attribute not found on 'ssl' while trying to find 'ssl.pretrain'"),
         (("-c", "import ssl.pretrain"), "'ssl' is not a package"),

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from ssl.checkpoint import load_backbone, steps_saved
-from ssl.config import CONF, register_schemas
+from ssl.config import CONF, PretrainConfig, check, register_schemas
+from ssl.data.views import make_views
+from ssl.optim import make_optimizer, parameter_groups
 from ssl.pretrain import run
+from ssl.schedules import make_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_VIT = ["model=vit_micro", "model.args={embed_dim:32,depth:2,num_heads:2}"]
@@ -127,6 +132,26 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_differences(finis
     assert metrics_of(copy)[-1]["step"] == 11
 
 
+def test_other_images_in_the_same_folder_are_refused_and_moved_ones_are_not(tmp_path: Path):
+    sizes = [(40, 40)] * 8
+    words = [
+        *METHODS["mae"],
+        "data=folder",
+        "trainer.global_batch_size=4",
+        "trainer.epochs=null",
+        "wandb.mode=disabled",
+    ]
+    words.append("trainer.device=cpu")
+    roots = [photos(tmp_path / name, sizes) for name in ("first", "moved", "other")]
+    (roots[2] / "7.jpg").write_bytes((roots[2] / "0.jpg").read_bytes())
+    run(composed(*words, f"data.root={roots[0]}", "trainer.steps=2"), out=tmp_path / "run")
+    run(composed(*words, f"data.root={roots[1]}", "trainer.steps=2"), out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds a run on other images.*accept_changes=true"):
+        run(composed(*words, f"data.root={roots[2]}", "trainer.steps=2"), out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"trainer.steps: 2 -> 3"):  # without epochs it is the schedule's span
+        run(composed(*words, f"data.root={roots[0]}", "trainer.steps=3"), out=tmp_path / "run")
+
+
 def test_what_the_run_will_be_is_said_before_the_first_step(tmp_path: Path, capsys):
     run(composed(*METHODS["mae"], *SHORT, "trainer.steps=1", "optim.base_lr=1e-3"), out=tmp_path)
     said = capsys.readouterr().out
@@ -137,6 +162,12 @@ def test_what_the_run_will_be_is_said_before_the_first_step(tmp_path: Path, caps
     assert "GFLOP per image" in before
     assert "M parameters" in before
     assert f"next: python -m eval.knn ckpt={tmp_path}" in said
+
+
+def test_how_long_it_will_take_is_said_after_the_first_steps(tmp_path: Path, capsys):
+    run(composed(*METHODS["mae"], *SHORT, "trainer.steps=4"), out=tmp_path)
+    said = capsys.readouterr().out
+    assert said.index("step 2/4") < said.index("for the 2 steps to come") < said.index("step 3/4")
 
 
 def photos(root: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -178,6 +209,13 @@ def test_a_folder_of_photos_of_any_size_trains_at_224_pixels(tmp_path: Path, met
         (["method._target_=ssl.methods.nothing.Here"], "cannot be found"),
         (["optim.options.nesterov=true"], "optim.options"),
         (["trainer.precision=fp16"], "needs a GPU"),
+        (["trainer.keep_last=0"], "keep_last must be at least 1"),
+        (["trainer.log_every_steps=0"], "log_every_steps must be at least 1"),
+        (["trainer.ema_decay=1.5"], "ema_decay must lie in"),
+        (["method.temperature=low"], "SimCLR was given a value of a wrong type"),
+        (["+method.foo=1"], "SimCLR: .*'foo'; in a config it takes temperature"),
+        (["augment.views=[3]"], "augment.views was given a value of a wrong type"),
+        (["model=vit_micro", "data.image_size=30"], "patches of 4 x 4"),
     ],
 )
 def test_bad_settings_are_refused_in_words_before_training(tmp_path: Path, overrides: list[str], message: str):
@@ -187,6 +225,71 @@ def test_bad_settings_are_refused_in_words_before_training(tmp_path: Path, overr
     with pytest.raises(ValueError, match=message):
         run(composed(*words), out=tmp_path / "run")
     assert not steps_saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_need_be_neither_square_nor_coloured(tmp_path: Path, method: str):
+    root = photos(tmp_path / "photos", [(40, 60), (50, 50), (64, 48), (33, 49)])
+    words = [*METHODS[method], "data=folder", f"data.root={root}", "data.image_size=[32,48]", "data.channels=1"]
+    words += ["data.mean=[0.5]", "data.std=[0.25]", "trainer.global_batch_size=4", "trainer.steps=2"]
+    if method == "simclr":  # the other two recipes touch no colour
+        words.append(
+            "augment.views=[{count: 2, scale: [0.2, 1.0], flip: 0.5, jitter: 0.8, brightness: 0.4, contrast: 0.4}]"
+        )
+    run(composed(*words, "trainer.device=cpu", "wandb.mode=disabled"), out=tmp_path / "run")
+    loaded = load_backbone(tmp_path / "run")
+    assert (loaded.spec.image_size, loaded.spec.in_chans) == ((32, 48), 1)
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_composes_into_parts_that_can_be_built(experiment: str):
+    config = composed(f"experiment={experiment}", "data.root=/some/where")
+    check(config, PretrainConfig)
+    views = make_views(OmegaConf.to_container(config.augment.views, resolve=True))
+    assert len(views) == (2 if "simclr" in experiment or experiment == "demo" else 1)
+    groups = parameter_groups(torch.nn.Linear(2, 2), weight_decay=config.optim.weight_decay)
+    make_optimizer(groups, name=config.optim.name, lr=0.1, **OmegaConf.to_container(config.optim.options))
+    schedule = make_schedule(
+        config.schedule.name.name,
+        steps_per_epoch=10,
+        total_steps=int(10 * config.trainer.epochs),
+        warmup_epochs=config.schedule.warmup_epochs,
+        min_factor=config.schedule.min_factor,
+        milestones=list(config.schedule.milestones),
+        gamma=config.schedule.gamma,
+    )
+    assert 0 < schedule.factor(0) <= 1
+
+
+def test_overrides_too_long_for_a_folder_name_do_not_collide(tmp_path: Path):
+    long = ["trainer.checkpoint_every_steps=100", "schedule.warmup_epochs=0", "trainer.clip_grad_norm=1"]
+    words = [*TINY_VIT, *SHORT, *long, "trainer.steps=1", "data.limit=16,20"]
+    ended = command("-m", *[word for word in words if word != "data.limit=48"], cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path):
+    out = tmp_path / "run"
+    words = [*METHODS["mae"], *SHORT, "trainer.epochs=2000", f"out={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-u", "-m", "ssl.pretrain", *words]
+    with subprocess.Popen(
+        start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("step 3/"):
+                child.send_signal(signal.SIGINT)
+                break
+        _, said = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in said
+    assert "stopped by SIGINT after step" in said
+    stopped_at = steps_saved(out)[-1][0]
+    assert metrics_of(out)[-1]["step"] == stopped_at
+    run(composed(*words, f"trainer.steps={stopped_at + 1}"), out=out)
+    assert [line["step"] for line in metrics_of(out)] == list(range(1, stopped_at + 2))
 
 
 def command(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

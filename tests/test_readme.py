@@ -85,12 +85,14 @@ def made_small(command: str, home: Path) -> list[str]:
     words = shlex.split(command)
     module = next(word for word in words if word in SMALL)
     if words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    assert words[0] in ("python", sys.executable)
+        words = [str(Path(sys.executable).with_name("torchrun")), *words[1:], f"out={home}/torchrun"]
+    else:
+        assert words[0] == "python"
+        words[0] = sys.executable
     if module != "ssl.pretrain" and "data=" not in command and ("embedded" in command or "ckpt=random" in command):
         words += ["data=embedded", "data.source.num_train=80", "data.source.num_test=60"]  # else all 7,200 images
     given = {word.split("=")[0] for word in words}
-    return [sys.executable, *words[1:], *(word for word in SMALL[module].split() if word.split("=")[0] not in given)]
+    return [*words, *(word for word in SMALL[module].split() if word.split("=")[0] not in given)]
 
 
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:

@@ -101,10 +101,12 @@ def test_plain_lines_tell_loss_speed_waiting_and_time_left(tmp_path, capsys):
     tracker.log(50, metrics)
     tracker.say("done")
     tracker.close()
-    first, second, last = capsys.readouterr().out.splitlines()
+    first, second, estimate, last = capsys.readouterr().out.splitlines()
     assert first == "step 1/100  epoch 0.50  loss 0.5000  lr 1.00e-03  1,234 images/s  3% waiting for data"
     assert second.startswith("step 50/100 ")
     assert second.endswith(" left")
+    assert estimate.startswith("about ")
+    assert estimate.endswith(" for the 50 steps to come")
     assert last == "done"
 
 

@@ -221,6 +221,19 @@ def test_loss_that_is_not_a_number_stops_before_it_is_saved():
     assert saved == [2]
 
 
+def test_weights_that_an_update_spoiled_are_not_saved():
+    class Explodes(Coin):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            loss = super().forward(batch)["loss"]
+            return {"loss": loss if len(self.seen) < 3 else loss + (self.backbone.weight.sum() * 0).sqrt()}  # 0 * inf
+
+    saved: list[int] = []
+    trainer = make_trainer(Explodes(), save=saved.append, checkpoint_every_steps=1, log_every_steps=3)
+    with pytest.raises(NotFinite, match="weights are not finite after step 3"):
+        fit(trainer, {"views": [torch.ones(4, 1)], "index": torch.arange(4)}, 3)
+    assert saved == [1, 2]
+
+
 def test_a_signal_stops_after_the_step_and_saves_it():
     class Interrupts(Coin):
         def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Protocol
 
 import numpy as np
@@ -42,3 +43,15 @@ def check_split(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return split
+
+
+def checksum(source: Source) -> int:
+    """CRC-32 over eight images spread evenly: tells a set that was moved from another one."""
+    crc = 0
+    for index in np.linspace(0, len(source) - 1, 8).astype(int).tolist():
+        try:
+            data = source.read(index)
+        except (OSError, ValueError):
+            continue  # the loader replaces it
+        crc = zlib.crc32(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(), crc)
+    return crc

@@ -122,9 +122,11 @@ class RelativeLocation(Method):
     def corners(self, noise: Tensor) -> Tensor:
         """Top left corners of the patches, (B, 9, 2) of row and column, from the first 18 of each image's numbers."""
         share = noise[:, :18].view(-1, 9, 2)
-        first = noise.new_tensor([low for low, _ in self.offsets])
-        count = noise.new_tensor([high - low + 1 for low, high in self.offsets])
-        offset = first + (share * count).floor()  # (B, 9, 2); below `count`, as share < 1 has 24 bits
+        # With Python's numbers, not tensors of them: no copy to the device, for which a step would have to wait.
+        offset = torch.stack(
+            [low + (part * (high - low + 1)).floor() for part, (low, high) in zip(share.unbind(-1), self.offsets)],
+            dim=-1,
+        )  # (B, 9, 2); at most `high`, as share < 1 has 24 bits
         cell = torch.arange(9, device=noise.device)
         origin = torch.stack([cell // 3 * self.cell_size[0], cell % 3 * self.cell_size[1]], 1)  # (9, 2)
         return origin + offset.long()
@@ -173,8 +175,10 @@ def luma(patches: Tensor) -> Tensor:
     Taken of normalised channels, whose weights thereby differ by the ratios of their standard deviations.
     """
     channels = patches.shape[2]
-    weight = patches.new_tensor(LUMA if channels == 3 else [1 / channels] * channels)
-    return (patches * weight[:, None, None]).sum(2, keepdim=True).expand_as(patches)
+    if channels != 3:
+        return patches.mean(2, keepdim=True).expand_as(patches)
+    red, green, blue = (weight * channel for weight, channel in zip(LUMA, patches.split(1, dim=2)))
+    return (red + green + blue).expand_as(patches)
 
 
 def drop_colour(patches: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
