@@ -219,6 +219,13 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path):
     assert values(Parquet("test", root=tmp_path)) == [5]
 
 
+def test_an_unlabelled_test_split_beside_a_labelled_validation_is_passed_over(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1], [0, 1])
+    write_parquet(tmp_path / "test.parquet", [4], [-1])
+    write_parquet(tmp_path / "validation.parquet", [5], [1])
+    assert values(Parquet("test", root=tmp_path)) == [5]
+
+
 def test_globs_and_single_files_are_train_where_no_name_tells(tmp_path):
     write_parquet(tmp_path / "part-0.parquet", [4])
     write_parquet(tmp_path / "part-1.parquet", [5])

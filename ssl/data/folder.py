@@ -164,7 +164,7 @@ def _test_files(base: Path) -> tuple[Path, Files, list[str]]:
     # ImageNet's own test/ is a heap of unlabelled files beside a labelled val/.
     labelled = next(((folder, files) for folder, files in splits if len(files) and "" not in files.tops()), None)
     if labelled is None:
-        raise NoTestSplit(f"no labelled test split in {base}: {few(present)} holds no class folders; {wanted}")
+        raise ValueError(f"no labelled test split in {base}: {few(present)} holds no class folders; {wanted}")
     folder, files = labelled
     known = train_files.class_names()
     if known is None:

@@ -51,7 +51,9 @@ class Parquet:
     ) -> None:
         check_split(split)
         base, files = find_files(root)
-        paths = files_of_split(files, split, base)
+        choices = files_of_split(files, split, base)
+        # Hugging Face's imagenet-1k has a test split without labels beside a labelled validation split.
+        paths = next((paths for paths in choices[:-1] if _has_labels(paths[0], label_column)), choices[-1])
         self.name = f"parquet {root} ({split})"
         self._files = [_open(path) for path in paths]
         schema = self._files[0].schema_arrow
@@ -69,7 +71,7 @@ class Parquet:
             raise ValueError(f"{root} has no rows in its {split} split ({few([str(path) for path in paths])})")
         self.labels, self.classes = np.full(len(self), UNLABELLED, np.int64), None
         if label is not None:
-            train = files_of_split(files, "train", base) if split == "test" and _is_text(schema, label) else None
+            train = files_of_split(files, "train", base)[0] if split == "test" and _is_text(schema, label) else None
             self.labels, self.classes = _labels(self._files, label, _feature_names(schema, label), train)
         if split == "test" and (self.labels == UNLABELLED).all():
             raise ValueError(
@@ -175,17 +177,20 @@ def find_files(root: str | Path) -> tuple[Path, list[Path]]:
     raise ValueError(f"data.root={root} does not exist; the nearest folder that does is {nearest}")
 
 
-def files_of_split(files: list[Path], split: str, base: Path) -> list[Path]:
-    """Those files whose names say `split`; all are train where no name says anything. ValueError where none is left."""
+def files_of_split(files: list[Path], split: str, base: Path) -> list[list[Path]]:
+    """The files whose names say `split`, for test then those of validation; all are train where no name says anything.
+
+    Raises ValueError where none is left.
+    """
     named: dict[str, list[Path]] = {}
     for file in files:
         named.setdefault(_split_of(file.relative_to(base)), []).append(file)
     wanted = ("train",) if split == "train" else ("test", "validation", "valid", "val")
-    for name in wanted:
-        if name in named:
-            return named[name]
+    found = [named[name] for name in wanted if name in named]
+    if found:
+        return found
     if split == "train" and list(named) == [""]:
-        return files
+        return [files]
     kind = NoTestSplit if split == "test" else ValueError
     raise kind(
         f"no {split} split in {base}: found {few([file.name for file in files])}; wanted is a file named "
@@ -241,6 +246,15 @@ def _label_column(schema: pa.Schema, wanted: str | None, path: Path) -> str | No
     named = [name for name in schema.names if fits(name) and _feature_names(schema, name)]
     usual = [name for name in _LABEL_NAMES if name in schema.names and fits(name)]
     return next(iter([name for name in usual if name in named] + named + usual), None)
+
+
+def _has_labels(path: Path, wanted: str | None) -> bool:
+    """Whether a file has a label that is neither null nor -1."""
+    file = _open(path)
+    column = _label_column(file.schema_arrow, wanted, path)
+    if column is None:
+        return False
+    return any(value not in (None, UNLABELLED) for value in file.read([column]).column(0).to_pylist())
 
 
 def _is_text(schema: pa.Schema, name: str) -> bool:
