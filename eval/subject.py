@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from eval.features import PIXEL_SIDE, Extract, Features, backbone_features, centre_view, extract_features, raw_pixels
 from eval.results import environment, open_folder
 from eval.splits import Splits, data_settings, make_splits
 from ssl.checkpoint import LoadedBackbone, load_backbone
+from ssl.config import plain
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
@@ -60,7 +61,7 @@ def read_features(config: DictConfig, *, command: str) -> Judged:
     Raises ValueError and OSError, with what to do, before the first image is read where the two do not go together.
     """
     ckpt = config.ckpt
-    given = _plain(config.data)
+    given = plain(config.data)
     device = choose_device(config.device.name)
     dtype = choose_dtype(config.precision.name, device)
     _check_model(config)
@@ -180,7 +181,7 @@ def make_subject(
         patch_size=config.model.patch_size,
         stem=config.model.stem.name,
         drop_path=config.model.drop_path,
-        model_args=_plain(config.model.args),
+        model_args=plain(config.model.args),
     )
     return Subject(
         extract=backbone_features(model, device=device, dtype=dtype, pooling=config.pooling),
@@ -238,8 +239,3 @@ def _check_model(config: DictConfig) -> None:
 def _check_pooling(config: DictConfig) -> None:
     if config.ckpt == "pixels" and config.pooling != "model":
         raise ValueError(f"pooling={config.pooling} has no effect with ckpt=pixels; leave it out")
-
-
-def _plain(node: Any) -> Any:
-    """A config node as dicts, lists and plain values."""
-    return OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node

@@ -238,6 +238,11 @@ def check(config: DictConfig, schema: type) -> None:
         raise ValueError(f"nothing reads {', '.join(extra)}; the keys are {', '.join(names)}")
 
 
+def plain(node: Any) -> Any:
+    """A config node as dicts, lists and plain values; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node
+
+
 def _missing(node: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of what is `???`. OmegaConf.missing_keys stops at an interpolation of a missing value instead."""
     if node == MISSING:

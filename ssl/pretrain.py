@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
 from ssl.command import choices, run_command, run_folder
-from ssl.config import PretrainConfig, build, check, check_trainer, locate, register_schemas, wrong_types
+from ssl.config import PretrainConfig, build, check, check_trainer, locate, plain, register_schemas, wrong_types
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
@@ -32,7 +32,7 @@ from ssl.data.subset import limit
 from ssl.data.views import make_views
 from ssl.launch import hydra_flags, num_processes, run_processes
 from ssl.methods.base import Batch, Method
-from ssl.models.backbones import build_backbone
+from ssl.models.backbones import build_backbone, is_token_model
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
 from ssl.pictures import reconstruction_panel, views_panel
 from ssl.plan import averaged_copy, describe_plan
@@ -88,7 +88,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         distributed.barrier()
     if data.limit is not None:
         source = limit(source, data.limit, seed=config.seed)
-    image_size = choose_image_size(_plain(data.image_size), source)
+    image_size = choose_image_size(plain(data.image_size), source)
 
     # ---- model and method ------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
@@ -98,14 +98,12 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
         in_chans=data.channels,
         patch_size=config.model.patch_size,
         stem=config.model.stem.name,
-        stem_side=_stem_side(_plain(config.method), image_size),
+        stem_side=_stem_side(plain(config.method), image_size),
         drop_path=config.model.drop_path,
-        model_args=_plain(config.model.args),
+        model_args=plain(config.model.args),
     )
     method: Method = build(config.method, backbone=backbone, image_size=image_size, in_chans=data.channels)
-    channels_last = any(
-        isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in backbone.modules()
-    )
+    channels_last = not is_token_model(backbone)
     method.to(device)
     if channels_last:
         method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -116,7 +114,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
 
     # ---- views -----------------------------------------------------------------------------------------------------
     with wrong_types("augment.views"):
-        views = make_views(_plain(config.augment.views))
+        views = make_views(plain(config.augment.views))
     augment = Augment(views, mean=list(data.mean), std=list(data.std)).to(device)
     loader = Loader(
         source,
@@ -143,14 +141,14 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     peak_lr = scaled_lr(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
     groups = parameter_groups(method, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     with wrong_types("optim.options"):
-        optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **_plain(optim.options))
+        optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **plain(optim.options))
     schedule = make_schedule(
         config.schedule.name.name,
         steps_per_epoch=steps_per_epoch,
         total_steps=span,
         warmup_epochs=config.schedule.warmup_epochs,
         min_factor=config.schedule.min_factor,
-        milestones=_plain(config.schedule.milestones),
+        milestones=plain(config.schedule.milestones),
         gamma=config.schedule.gamma,
     )
     ema = averaged_copy(method) if settings.ema_decay is not None else None
@@ -167,7 +165,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
             _same_images(state, source, out)
         tensors_to_state(optimizer, optimizer_tensors)
         start_step, scaler_state = state["step"], state["scaler"]
-    del resumed  # with a second copy of the optimizer's state
+        del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
     steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
@@ -179,7 +177,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
     tracker = Tracker(
         out,
-        config=_plain(config),
+        config=plain(config),
         wandb_mode=config.wandb.mode.name,
         wandb_project=config.wandb.project,
         wandb_name=config.wandb.name or f"{out.parent.name}/{out.name}",
@@ -306,11 +304,6 @@ def _task(config: DictConfig) -> dict[str, float]:
     return {}
 
 
-def _plain(node: Any) -> Any:
-    """A config node as dicts, lists and plain values."""
-    return OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node
-
-
 def _open_run_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -326,8 +319,8 @@ def _same_recipe(config: DictConfig, folder: Path) -> None:
     """
     if config.accept_changes:
         return
-    before = _flat(_plain(OmegaConf.create((folder / "run.yaml").read_text())))
-    now = _flat(_plain(config))
+    before = _flat(plain(OmegaConf.create((folder / "run.yaml").read_text())))
+    now = _flat(plain(config))
     free = tuple(key for key in FREE if key != "trainer.steps" or config.trainer.epochs is not None)
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
