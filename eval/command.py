@@ -10,9 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from eval.config import EvalConfig, register_schemas
+from eval.config import EvalConfig, register
 from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
@@ -68,16 +68,14 @@ def same_subject(config: DictConfig) -> str:
     return shlex.join(words if own in words else [own])  # called from Python nothing was typed
 
 
-def start(run: Callable[[DictConfig], dict[str, Any]], *, command: str) -> None:
-    """The command line. A missing `ckpt` ends it with exit code 2, any other mistake with 1 and one message."""
-    register_schemas()
+def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command: str) -> None:
+    """The command line of `schema`. A missing `ckpt` ends it with exit code 2, another mistake with 1 and a message."""
+    register(schema)
 
     def task(config: DictConfig) -> float:
         if config.ckpt is None:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
-        schema = OmegaConf.get_type(config)
-        assert schema is not None
         check(config, schema)
         return run(config)["metrics"]["top1"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -44,31 +44,9 @@ class EvalConfig:
     name: str | None = None  # of the JSON; null: the command's, with _<data> where it is not the checkpoint's own
 
 
-@dataclass
-class KnnConfig(EvalConfig):
-    """`python -m eval.knn`."""
-
-    k: list[int] = field(default_factory=lambda: [20])
-    temperature: list[float] = field(default_factory=lambda: [0.07])
-    metric: str = "cosine"
-    center: bool | None = None
-    index: str = "auto"
-
-
-@dataclass
-class LinearProbeConfig(EvalConfig):
-    """`python -m eval.linear_probe`."""
-
-    lr: list[float] = field(default_factory=list)
-    weight_decay: list[float] = field(default_factory=list)
-    held_out: float = 0.1
-    steps: int = 2000
-    probe_batch_size: int = 512
-    retrain: bool = True
-
-
-def register_schemas() -> None:
-    """Make the schemas known to Hydra, for `conf/knn.yaml` and `conf/linear_probe.yaml`."""
-    store = ConfigStore.instance()
-    store.store(name="knn_schema", node=KnnConfig)
-    store.store(name="linear_probe_schema", node=LinearProbeConfig)
+def register(schema: type) -> None:
+    """Make a command's schema known to Hydra, under the name that its yaml's defaults begin with: `KnnConfig` is
+    `knn_schema`.
+    """
+    name = "".join("_" + c.lower() if c.isupper() else c for c in schema.__name__.removesuffix("Config")).strip("_")
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval import ROOT, knn, linear_probe
 from eval.command import report
-from eval.config import register_schemas
+from eval.config import register
 from eval.demo_picture import Neighbours, draw
 from eval.neighbours import make_search, unit_length
 from eval.subject import Judged, read_features
@@ -96,7 +96,8 @@ def pretrain(out: Path, overrides: Sequence[str]) -> None:
 
 def scoring_configs(out: Path, ckpt: str) -> dict[str, DictConfig]:
     """What `eval.knn` and `eval.linear_probe` compose, for the run or for a baseline on the images of the run."""
-    register_schemas()
+    register(knn.KnnConfig)
+    register(linear_probe.LinearProbeConfig)
     baseline = ckpt in ("pixels", "random")
     words = [f"ckpt={ckpt if baseline else out}", f"out={out / 'eval'}"]
     words += ["data=embedded"] if baseline else []

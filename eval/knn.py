@@ -12,8 +12,20 @@ from torch import Tensor
 
 from eval.accuracy import rank_of_label
 from eval.command import judge, start
+from eval.config import EvalConfig
 from eval.neighbours import make_search, unit_length
 from eval.subject import Judged
+
+
+@dataclass
+class KnnConfig(EvalConfig):
+    """What `python -m eval.knn` takes."""
+
+    k: list[int] = field(default_factory=lambda: [20])
+    temperature: list[float] = field(default_factory=lambda: [0.07])
+    metric: str = "cosine"
+    center: bool | None = None
+    index: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -156,4 +168,4 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    start(run, command="eval.knn")
+    start(run, KnnConfig, command="eval.knn")

@@ -11,12 +11,25 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from eval.command import judge, start
+from eval.config import EvalConfig
 from eval.heads import Standardizer, choose, score_heads, train_heads
 from eval.subject import Judged
 from ssl.data.subset import split_held_out
 
 LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAY = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a few images per class want the largest
+
+
+@dataclass
+class LinearProbeConfig(EvalConfig):
+    """What `python -m eval.linear_probe` takes."""
+
+    lr: list[float] = field(default_factory=list)
+    weight_decay: list[float] = field(default_factory=list)
+    held_out: float = 0.1
+    steps: int = 2000
+    probe_batch_size: int = 512
+    retrain: bool = True
 
 
 @dataclass(frozen=True)
@@ -182,4 +195,4 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    start(run, command="eval.linear_probe")
+    start(run, LinearProbeConfig, command="eval.linear_probe")

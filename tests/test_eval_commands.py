@@ -19,7 +19,7 @@ from PIL import Image
 
 from eval import knn, linear_probe
 from eval.command import start
-from eval.config import register_schemas
+from eval.config import register
 from ssl import checkpoint
 from ssl.config import CONF
 from ssl.data.embedded import Embedded
@@ -29,6 +29,7 @@ from ssl.models.backbones import build_backbone
 TINY = ["model=resnet10", "model.args.channels=[8,8,16,16]"]
 SMALL = ["data=embedded", "data.source.num_train=120", "data.source.num_test=36"]
 QUICK = ["device=cpu", "threads=1"]
+SCHEMAS = {knn: knn.KnnConfig, linear_probe: linear_probe.LinearProbeConfig}
 FEW_HEADS = ["lr=[0.01,0.1]", "weight_decay=[0.0,0.1]", "steps=50"]
 
 
@@ -66,7 +67,7 @@ def a_run(tmp_path_factory) -> Path:
 
 def call(module, *overrides: str):
     """What the command does with these words, in this process."""
-    register_schemas()
+    register(SCHEMAS[module])
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose(module.__name__.removeprefix("eval."), overrides=[*overrides, *QUICK])
@@ -146,7 +147,7 @@ def test_the_next_command_repeats_what_was_typed_of_the_subject(monkeypatch, cap
     words = ["ckpt=random", *TINY, *SMALL, "k=[3]", "seed=2"]
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["eval.knn.py", *words, *QUICK])
-    start(knn.run, command="eval.knn")
+    start(knn.run, knn.KnnConfig, command="eval.knn")
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m eval.linear_probe ")
     assert shlex.split(command) == ["ckpt=random", *TINY, *SMALL, "seed=2", *QUICK]
 
@@ -227,7 +228,7 @@ def refuse(monkeypatch, capsys, module, *words: str) -> tuple[int, str]:
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
     with pytest.raises(SystemExit) as end:
-        start(module.run, command=module.__name__)
+        start(module.run, SCHEMAS[module], command=module.__name__)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return end.value.code, said
