@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from eval.features import PIXEL_SIDE, Extract, Features, backbone_features, centre_view, extract_features, raw_pixels
+from eval.extract import PIXEL_SIDE, Extract, Features, backbone_features, centre_view, extract_features, raw_pixels
 from eval.results import environment, open_folder
 from eval.splits import Splits, data_settings, make_splits
 from ssl.checkpoint import LoadedBackbone, load_backbone

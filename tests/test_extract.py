@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from eval.features import backbone_features, centre_view, extract_features, raw_pixels
+from eval.extract import backbone_features, centre_view, extract_features, raw_pixels
 from ssl.data.augment import Augment
 from ssl.data.embedded import Embedded
 from ssl.data.loader import Loader
