@@ -1,0 +1,148 @@
+"""A linear head that leaves the probe that trained it: a folder beside the probe's JSON, read again for prediction.
+
+    head.safetensors   weight (C, D) and bias (C,): logits = features @ weight.T + bias
+    head.json          which backbone and which of its features it reads, its classes, the SHA-256 of the above
+
+It is written under a temporary name, then renamed: a folder with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eval.heads import Standardizer
+
+FORMAT = 1
+WEIGHTS, CARD = "head.safetensors", "head.json"
+KEYS = ("format", "kind", "checkpoint", "sha256", "classes", "multi_label", "features", "head_sha256")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier of C classes on D features: weight (C, D), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    classes: list[str]
+    multi_label: bool
+    checkpoint: str
+    """Where the backbone lay when the head was trained."""
+    sha256: str
+    """Of the backbone's weights, as `LoadedBackbone.hash`: no other backbone makes features that it can read."""
+    features: dict[str, Any]
+    """Which features of the backbone it reads."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, C)."""
+        return torch.addmm(self.bias, features, self.weight.T)
+
+
+def fold(weight: Tensor, bias: Tensor, standardize: Standardizer) -> tuple[Tensor, Tensor]:
+    """The head (C, D), (C,) that gives for raw features what `weight` and `bias` give for standardised ones."""
+    scaled = weight.double() * standardize.scale.double().to(weight.device)  # (C, D)
+    moved = bias.double() - scaled @ standardize.mean.double().to(weight.device)  # (C,)
+    return scaled.float(), moved.float()
+
+
+def save_head(
+    folder: Path,
+    *,
+    weight: Tensor,
+    bias: Tensor,
+    classes: Sequence[str],
+    checkpoint: str | Path,
+    sha256: str,
+    features: Mapping[str, Any],
+    multi_label: bool = False,
+) -> Path:
+    """Write a head of `weight` (C, D) and `bias` (C,) whole or not at all, in the place of an older one.
+
+    `features` tells which features of the backbone it reads, as JSON values. Raises ValueError where the shapes do not
+    fit each other or a number is not finite, OSError where it cannot be written.
+    """
+    _check_tensors(weight, bias, classes, what="a head to be saved")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        tensors = {"weight": weight, "bias": bias}
+        save_file({name: each.detach().float().cpu().contiguous() for name, each in tensors.items()}, partial / WEIGHTS)
+        card = {
+            "format": FORMAT,
+            "kind": "linear",
+            "checkpoint": str(checkpoint),
+            "sha256": sha256,
+            "classes": list(classes),
+            "multi_label": multi_label,
+            "features": dict(features),
+            "head_sha256": _sha256(partial / WEIGHTS),
+        }
+        (partial / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the head cannot be written to {folder}: {error}; give another out=") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def is_head(folder: str | Path) -> bool:
+    """Whether a folder holds a saved head."""
+    return (Path(folder) / CARD).is_file()
+
+
+def load_head(folder: str | Path) -> Head:
+    """Read what `save_head` wrote. Raises ValueError where it is none of ours, damaged, or of another format."""
+    folder = Path(folder).expanduser()
+    try:
+        card = json.loads((folder / CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no head: {CARD} cannot be read ({error})") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT or card.get("kind") != "linear":
+        got = (card.get("format"), card.get("kind")) if isinstance(card, dict) else type(card).__name__
+        raise ValueError(f"{folder} holds a head of format and kind {got}; this version reads {(FORMAT, 'linear')}")
+    missing = [key for key in KEYS if key not in card]
+    if missing:
+        raise ValueError(f"{folder} is not a whole head: {CARD} lacks {', '.join(missing)}; probe the backbone again")
+    path = folder / WEIGHTS
+    if not path.is_file() or _sha256(path) != card["head_sha256"]:
+        raise ValueError(f"{folder} is damaged: {WEIGHTS} is not what was written; probe the backbone again")
+    tensors = load_file(path)
+    _check_tensors(tensors["weight"], tensors["bias"], card["classes"], what=str(folder))
+    return Head(
+        weight=tensors["weight"],
+        bias=tensors["bias"],
+        classes=card["classes"],
+        multi_label=card["multi_label"],
+        checkpoint=card["checkpoint"],
+        sha256=card["sha256"],
+        features=card["features"],
+    )
+
+
+def _check_tensors(weight: Tensor, bias: Tensor, classes: Sequence[str], *, what: str) -> None:
+    if weight.ndim != 2 or bias.ndim != 1 or not len(weight) == len(bias) == len(classes):
+        raise ValueError(
+            f"{what} needs weight (C, D), bias (C,) and C class names; "
+            f"got {tuple(weight.shape)}, {tuple(bias.shape)} and {len(classes)} names"
+        )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise ValueError(f"{what} holds numbers that are not finite: it diverged")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
