@@ -47,8 +47,9 @@ def limit(source: Source, count: int | None, seed: int = 0) -> Source:
         raise ValueError(f"data.limit must be at least 1 image, got {count}; leave it out to use all {len(source)}")
     if count >= len(source):
         return source
-    order = _balanced_order(source.labels, seed, "limit")
-    return Subset(source, np.sort(order[:count]))
+    order, rank, _ = ranks_by_class(source.labels, seed, "limit")
+    balanced = order[np.argsort(rank[order], kind="stable")]  # each prefix holds equally many of each class
+    return Subset(source, np.sort(balanced[:count]))
 
 
 def split_held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,33 +59,42 @@ def split_held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    labels = np.asarray(labels)
-    order, rank = _ranks(labels, seed, "held out")
-    sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    size = sizes[2][sizes[1]]  # (N,) images of each image's class
+    _, rank, size = ranks_by_class(labels, seed, "held out")  # (N,) each
     number = np.where(size > 1, np.clip(np.round(fraction * size), 1, np.maximum(size - 1, 1)), 0)
-    out = np.zeros(len(labels), bool)
-    out[order] = rank[order] < number[order]
+    out = rank < number
     if not out.any() or out.all():
         raise ValueError(
-            f"cannot hold out {fraction} of {len(labels)} images in {len(sizes[0])} classes: "
+            f"cannot hold out {fraction} of {len(rank)} images in {(rank == 0).sum()} classes: "
             "at least one class needs two images or more"
         )
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def _balanced_order(labels: np.ndarray, seed: int, use: str) -> np.ndarray:
-    """A random order of which each prefix holds equally many of each class, as far as they go."""
-    order, rank = _ranks(labels, seed, use)
-    return order[np.argsort(rank[order], kind="stable")]
+def ranks_by_class(labels: np.ndarray, seed: int, use: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A random order of the images, each one's place in it among those of its class, and the size of its class.
 
-
-def _ranks(labels: np.ndarray, seed: int, use: str) -> tuple[np.ndarray, np.ndarray]:
-    """A random order of the images, and each image's place (N,) in it among those of its own class."""
-    order = np.argsort(uniforms(seed, 0, np.arange(len(labels)), use, 1)[:, 0], kind="stable")
-    by_class = order[np.argsort(labels[order], kind="stable")]  # random within each class, classes one behind another
-    values = labels[by_class]
+    (N,) each. The order is a function of (seed, use, index). Of multi-label images see `strata`.
+    """
+    values = strata(labels)
+    order = np.argsort(uniforms(seed, 0, np.arange(len(values)), use, 1)[:, 0], kind="stable")
+    by_class = order[np.argsort(values[order], kind="stable")]  # random within each class, classes one behind another
+    values = values[by_class]
     first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # where each class begins
-    rank = np.empty(len(labels), np.int64)
-    rank[by_class] = np.arange(len(labels)) - np.repeat(first, np.diff(np.r_[first, len(labels)]))
-    return order, rank
+    sizes = np.diff(np.r_[first, len(values)])
+    rank, size = np.empty((2, len(values)), np.int64)
+    rank[by_class] = np.arange(len(values)) - np.repeat(first, sizes)
+    size[by_class] = np.repeat(sizes, sizes)
+    return order, rank, size
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """The one class (N,) by which each image is balanced: its label, of several the one that fewest images have.
+
+    Multi-hot labels (N, C) without a class form a class of their own, C. So each class of a multi-label set, the rare
+    ones above all, is shared out in proportion.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 1:
+        return labels
+    count = np.where(labels > 0, (labels > 0).sum(0), len(labels) + 1)  # (N, C)
+    return np.where((labels > 0).any(1), count.argmin(1), labels.shape[1])
