@@ -15,7 +15,6 @@ It is written under a temporary name, synced to disk, then renamed: a folder wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,10 +26,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
+from ssl.tensor_files import load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
 
 FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
@@ -78,14 +77,14 @@ def save(
         for leftover in final.parent.glob(".partial_step_*"):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
-        _save_tensors(backbone, partial / "model.safetensors")
-        _save_tensors(rest, partial / "method.safetensors")
-        _save_tensors(optimizer_tensors, partial / "optimizer.safetensors")
+        save_tensors(backbone, partial / "model.safetensors")
+        save_tensors(rest, partial / "method.safetensors")
+        save_tensors(optimizer_tensors, partial / "optimizer.safetensors")
         if ema is not None:
-            _save_tensors(ema, partial / "ema.safetensors")
+            save_tensors(ema, partial / "ema.safetensors")
         (partial / "run.yaml").write_text(config_yaml)
         (partial / "config.json").write_text(json.dumps(timm_config(spec, mean=mean, std=std), indent=2) + "\n")
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         card = {
             "format": FORMAT,
             "step": step,
@@ -97,12 +96,12 @@ def save(
         }
         (partial / "state.json").write_text(json.dumps(card, indent=2) + "\n")
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(run_dir).free / 2**20 if run_dir.exists() else 0.0
@@ -177,7 +176,7 @@ def verify(folder: Path, state: Mapping[str, Any]) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise ValueError(f"{folder} is damaged: {name} is not what was written ({path.stat().st_size:,} bytes now)")
 
 
@@ -206,17 +205,17 @@ def resume(
             warn(f"skipping a checkpoint: {error}")
             continue
         check(folder)
-        backbone = _load_tensors(folder / "model.safetensors")
-        rest = _load_tensors(folder / "method.safetensors")
-        _load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
+        backbone = load_tensors(folder / "model.safetensors")
+        rest = load_tensors(folder / "method.safetensors")
+        load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
         if ema is not None:
             averages = method.state_dict()  # where the run kept none until now, the average starts here
             if (folder / "ema.safetensors").exists():
-                averages = _load_tensors(folder / "ema.safetensors")
-            _match_keys(ema.keys(), averages, folder)
+                averages = load_tensors(folder / "ema.safetensors")
+            match_keys(ema.keys(), averages, folder)
             for name, tensor in averages.items():
                 ema[name].copy_(tensor)
-        return state, _load_tensors(folder / "optimizer.safetensors")
+        return state, load_tensors(folder / "optimizer.safetensors")
     if problems:
         raise ValueError(
             f"{run_dir} has checkpoints, and none is whole:\n  "
@@ -240,10 +239,10 @@ def load_backbone(ckpt: str | Path) -> LoadedBackbone:
     model = backbone_from_spec(spec)
     weights = "ema" if (folder / "ema.safetensors").exists() else "model"
     if weights == "ema":
-        tensors, _ = _split_backbone(_load_tensors(folder / "ema.safetensors"))
+        tensors, _ = _split_backbone(load_tensors(folder / "ema.safetensors"))
     else:
-        tensors = _load_tensors(folder / "model.safetensors")
-    _load_strictly(model, tensors, folder)
+        tensors = load_tensors(folder / "model.safetensors")
+    load_strictly(model, tensors, folder)
     config = OmegaConf.to_container(OmegaConf.create((folder / "run.yaml").read_text()))
     assert isinstance(config, dict)
     return LoadedBackbone(
@@ -263,7 +262,7 @@ def load_backbone(ckpt: str | Path) -> LoadedBackbone:
 def export(loaded: LoadedBackbone, out: Path) -> Path:
     """Write a folder that timm loads with no trace of this package: model.safetensors and config.json."""
     out.mkdir(parents=True, exist_ok=True)
-    _save_tensors(loaded.model.state_dict(), out / "model.safetensors")
+    save_tensors(loaded.model.state_dict(), out / "model.safetensors")
     card = timm_config(loaded.spec, mean=loaded.mean, std=loaded.std)
     (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
     return out
@@ -297,8 +296,8 @@ def _load_export(folder: Path) -> LoadedBackbone:
             f"ckpt={folder} is not an export of this toolkit: config.json says no backbone ({error!r})"
         ) from error
     model = backbone_from_spec(spec)
-    _load_strictly(model, _load_tensors(folder / "model.safetensors"), folder)
-    digest = _sha256(folder / "model.safetensors")
+    load_strictly(model, load_tensors(folder / "model.safetensors"), folder)
+    digest = sha256(folder / "model.safetensors")
     return LoadedBackbone(model.eval(), spec, {}, 0, digest, folder, mean, std, folder, "model")
 
 
@@ -307,55 +306,3 @@ def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     prefix = "backbone."
     backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return backbone, {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-
-
-def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    own = module.state_dict()
-    _match_keys(own.keys(), tensors, folder)
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{folder} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model"
-            )
-    module.load_state_dict(dict(tensors), strict=True)
-
-
-def _match_keys(own: Any, given: Mapping[str, Tensor], folder: Path) -> None:
-    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    if missing or extra:
-        raise ValueError(
-            f"{folder} does not fit: {len(missing)} tensors are missing from it ({_few(missing)}), "
-            f"{len(extra)} are left over ({_few(extra)}); was it made with another method or model?"
-        )
-
-
-def _few(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); it is truncated or not a safetensors file") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
