@@ -118,7 +118,11 @@ class TrainerConfig:
     devices: int | None = None  # processes on this machine; null: one per GPU that torch sees
     precision: Precision = Precision.auto
     clip_grad_norm: float | None = None
-    ema_decay: float | None = None
+    ema_decay: float | None = None  # exponential moving average of the weights, which evaluations then use
+    swa_start_epoch: float | None = None  # from here on the plain mean of the weights (stochastic weight averaging)
+    swa_every_epochs: float = 1.0
+    swa_lr_factor: float | None = None  # of the peak lr, constant from swa_start_epoch on; null: the schedule goes on
+    eval_every_epochs: float | None = 10.0  # how often what `online` names is evaluated; null: never
     sync_batchnorm: bool = True
     compile: bool = False
     log_every_steps: int = 10
@@ -143,19 +147,28 @@ class WandbConfig:
 
 
 @dataclass
-class PretrainConfig:
-    method: Any = MISSING
-    model: ModelConfig = MISSING
-    data: DataConfig = MISSING
+class TrainingConfig:
+    """What every run of the training loop takes, pretraining and fine-tuning alike."""
+
     augment: AugmentConfig = MISSING
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    online: dict[str, Any] = field(default_factory=dict)  # what is evaluated during the run, by name
     seed: int = 0
     out: str | None = None  # run folder; null: runs/<method>_<model>_<data>/seed<seed>
     accept_changes: bool = False  # continue a run although its recipe was changed
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """What `python -m ssl.pretrain` takes."""
+
+    method: Any = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
 
 
 def register_schemas() -> None:
@@ -260,6 +273,14 @@ def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
             raise ValueError(f"trainer.{name} must be at least 1, got {value}")
     if trainer.ema_decay is not None and not 0 <= trainer.ema_decay < 1:
         raise ValueError(f"trainer.ema_decay must lie in [0, 1), or be null for no average; got {trainer.ema_decay}")
+    if trainer.ema_decay is not None and trainer.swa_start_epoch is not None:
+        raise ValueError("trainer.ema_decay and trainer.swa_start_epoch are two averages of the weights; give one")
+    if trainer.swa_start_epoch is None and (trainer.swa_lr_factor is not None or trainer.swa_every_epochs != 1):
+        raise ValueError("trainer.swa_lr_factor and swa_every_epochs have no effect without trainer.swa_start_epoch")
+    for name in ("swa_every_epochs", "swa_lr_factor", "eval_every_epochs"):
+        value = getattr(trainer, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"trainer.{name} must be above 0, got {value}")
     if trainer.clip_grad_norm is not None and not trainer.clip_grad_norm > 0:
         raise ValueError(f"trainer.clip_grad_norm must be positive, or null for none; got {trainer.clip_grad_norm}")
 

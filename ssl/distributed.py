@@ -103,6 +103,25 @@ def all_gather(x: Tensor) -> Tensor:
     return x if not dist.is_initialized() else _AllGather.apply(x)  # pyright: ignore[reportReturnType]
 
 
+def gather_rows(x: Tensor) -> Tensor:
+    """Join the rows of every rank's CPU tensor, (n_r, ...) on each, in rank order to (sum of n_r, ...) on all.
+
+    Ranks may hold different numbers of rows, also none. Not differentiable.
+    """
+    if not dist.is_initialized():
+        return x
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=device))
+    longest = int(counts.max())
+    padded = torch.zeros((longest, *x.shape[1:]), dtype=x.dtype, device=device)
+    padded[: len(x)] = x
+    every = padded.new_empty((len(counts) * longest, *x.shape[1:]))
+    dist.all_gather_into_tensor(every, padded)
+    parts = every.cpu().split(longest) if longest else []
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist())]) if parts else x
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ OPTIONS = {
 
 
 def parameter_groups(
-    module: nn.Module, *, weight_decay: float, layer_decay: float | None = None, no_decay_extra: Iterable[str] = ()
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    no_decay_extra: Iterable[str] = (),
+    lr_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> list[ParameterGroup]:
     """Every parameter that is trained, in exactly one group.
 
@@ -31,32 +37,35 @@ def parameter_groups(
     trust ratio, true for the decayed groups. Biases, norms, 1-d tensors, positions and tokens are not decayed, nor
     what a submodule's `no_weight_decay()` names, nor what matches a pattern of `no_decay_extra`. With `layer_decay`,
     layer i of `module.backbone` (timm's own grouping) learns at layer_decay ** (number of layers - i) of the rate,
-    and everything else at the full rate (BEiT, arXiv:2106.08254); `set_lr` applies it.
+    and everything else at the full rate (BEiT, arXiv:2106.08254). `lr_scales` are further factors, by the beginnings of
+    names. `set_lr` applies both.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"optim.layer_decay must lie in (0, 1], or be null for none; got {layer_decay}")
     exempt = _exempt_names(module, tuple(no_decay_extra))
     layers, num_layers = _backbone_layers(module) if layer_decay is not None else ({}, 0)
-    groups: dict[tuple[int, bool], ParameterGroup] = {}
+    groups: dict[tuple[int, bool, float], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layers.get(name, num_layers)
         decayed = name not in exempt
-        if (layer, decayed) not in groups:
-            groups[layer, decayed] = {
+        scale = next((scale for start, scale in lr_scales.items() if name.startswith(start)), 1.0)
+        key = (layer, decayed, scale)
+        if key not in groups:
+            groups[key] = {
                 "params": [],
                 "names": [],
                 "weight_decay": float(weight_decay) if decayed else 0.0,
-                "lr_scale": 1.0 if layer_decay is None else layer_decay ** (num_layers - layer),
+                "lr_scale": scale * (1.0 if layer_decay is None else layer_decay ** (num_layers - layer)),
                 "adapt": decayed,
                 "layer": None if layer_decay is None else layer,
             }
-        groups[layer, decayed]["params"].append(parameter)
-        groups[layer, decayed]["names"].append(name)
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
     if not groups:
         raise ValueError(f"{type(module).__name__} has nothing to train: none of its parameters requires a gradient")
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1], key[2]))]
 
 
 def _exempt_names(module: nn.Module, patterns: tuple[str, ...]) -> set[str]:

@@ -33,11 +33,6 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
 
 
-def averaged_copy(method: nn.Module) -> dict[str, torch.Tensor]:
-    """The start of an exponential moving average: a copy of every parameter and buffer, by name."""
-    return {name: tensor.detach().clone() for name, tensor in method.state_dict().items()}
-
-
 def describe_plan(method: Method, augment: nn.Module, few: Batch, *, stop_step: int, steps_per_epoch: int) -> str:
     """One line: length, parameters and operations per image."""
     total, trainable = count_parameters(method)

@@ -21,7 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import ssl.distributed as distributed
+from ssl.averaging import Average, weights_of
 from ssl.methods.base import Batch, Method
+from ssl.online import StopRun
 from ssl.randomness import step_seed
 
 
@@ -41,8 +43,9 @@ class NotFinite(ValueError):
 class Trainer:
     """What one run needs between its first and its last step.
 
-    `lr` gives a step's learning rate; `log(step, metrics)` and `save(step)` are called with the number of completed
-    steps, so that the loop owns no file and no tracker.
+    `lr` gives a step's learning rate; `log(step, metrics)`, `save(step)` and `evaluate(step)` are called with the
+    number of completed steps, so that the loop owns no file and no tracker. What `evaluate` returns is logged with the
+    step; the StopRun that it may raise ends the run once the step is saved.
     """
 
     method: Method
@@ -55,8 +58,7 @@ class Trainer:
     seed: int
     accumulation: int = 1
     clip_grad_norm: float | None = None
-    ema: dict[str, Tensor] | None = None
-    ema_decay: float = 0.0
+    average: Average | None = None
     channels_last: bool = False
     compile: bool = False
     log_every_steps: int = 10
@@ -64,6 +66,8 @@ class Trainer:
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     save: Callable[[int], None] = lambda step: None
     last_saved: Callable[[], str] = lambda: "none"
+    evaluate: Callable[[int], dict[str, float]] | None = None
+    evaluate_every_steps: int = 1
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
 
@@ -88,7 +92,8 @@ class Trainer:
     def fit(self, batches: Iterator[Batch], *, start_step: int, stop_step: int, global_batch_size: int) -> None:
         """Train from `start_step` to `stop_step`.
 
-        Raises NotFinite on a loss that is not a number, and Stopped after a signal, with the last completed step saved.
+        Raises NotFinite on a loss that is not a number; with the last completed step saved, Stopped after a signal and
+        StopRun where an evaluation ends the run.
         """
         self.method.train()
         pending: list[tuple[int, dict[str, Tensor]]] = []
@@ -103,21 +108,48 @@ class Trainer:
                 pending.append((step + 1, self.step(batch, step)))
                 done = step + 1
                 last = done == stop_step
-                if done % self.log_every_steps == 0 or last or done == start_step + 1:
+                evaluating = self._evaluates_at(done, last)
+                verdict = None
+                if done % self.log_every_steps == 0 or last or done == start_step + 1 or evaluating:
                     metrics = self._collect(pending)
                     images = global_batch_size * len(pending)
                     metrics |= {"lr": lr, **clock.lap(images)}
                     pending.clear()
+                    if evaluating:
+                        found, verdict = self._evaluate(done)
+                        metrics |= found
+                        clock.restart()
                     self.log(done, metrics)
-                stopping = self._agreed(caught, done)
+                stopping = self._agreed(caught, done) or verdict is not None
                 if done % self.checkpoint_every_steps == 0 or last or stopping:
                     self._collect(pending)
                     self._check_weights(done)
                     saving = time.perf_counter()
                     self.save(done)
                     clock.start += time.perf_counter() - saving  # throughput is that of training
+                if verdict is not None:
+                    raise verdict
                 if stopping and not last:
                     raise Stopped(done, caught[0] if caught else "another rank")
+
+    def _evaluates_at(self, done: int, last: bool) -> bool:
+        """At each multiple of `evaluate_every_steps`, and at the last step of a run that is no shorter than that."""
+        if self.evaluate is None:
+            return False
+        return done % self.evaluate_every_steps == 0 or (last and done > self.evaluate_every_steps)
+
+    def _evaluate(self, done: int) -> tuple[dict[str, float], StopRun | None]:
+        """The evaluations' metrics, and the verdict of one that ends the run; the weights are left as they are."""
+        assert self.evaluate is not None
+        average = self.average.tensors if self.average is not None and self.average.ready(done) else None
+        self.method.eval()
+        try:
+            with torch.no_grad(), weights_of(self.method, average):
+                return self.evaluate(done), None
+        except StopRun as verdict:
+            return verdict.metrics, verdict
+        finally:
+            self.method.train()
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimizer step on this rank's share; returns its scalars, averaged over the accumulated parts, on the
@@ -134,8 +166,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self._update_ema()
+        if self.average is not None:
+            self.average.update(self.method, step + 1)
         return metrics
 
     def _backward(self, parts: list[Batch], step: int) -> dict[str, Tensor]:
@@ -197,15 +229,6 @@ class Trainer:
             return contextlib.nullcontext()
         return self.parallel.no_sync()
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        assert self.ema is not None
-        state = self.method.state_dict()
-        floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.ema[name] for name in floats], [state[name] for name in floats], 1 - self.ema_decay)
-        for name in state.keys() - set(floats):
-            self.ema[name].copy_(state[name])
-
     def _collect(self, pending: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """The pending steps' scalars, averaged over steps and ranks: the one place where the device is waited for."""
         if not pending:
@@ -259,6 +282,9 @@ class _Clock:
         metrics = {"images_per_second": images / seconds, "data_wait": self.waited / seconds}
         self.start, self.waited = now, 0.0
         return metrics
+
+    def restart(self) -> None:
+        self.start, self.waited = time.perf_counter(), 0.0
 
 
 @contextlib.contextmanager

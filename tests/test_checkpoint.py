@@ -15,7 +15,7 @@ from ssl import checkpoint
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone, pooled_features
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
-from ssl.plan import averaged_copy
+from ssl.averaging import averaged_copy
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 VIT = {"name": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
@@ -173,7 +173,7 @@ def test_a_pickle_is_never_run(run_dir: Path, tmp_path: Path):
     torch.save({"cls_token": Payload()}, target)
     state_path = target.with_name("state.json")
     state = json.loads(state_path.read_text())
-    state["sha256"]["model.safetensors"] = checkpoint._sha256(target)  # a forger can write the hash too
+    state["sha256"]["model.safetensors"] = checkpoint.sha256(target)  # a forger can write the hash too
     state_path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match="not a safetensors file"):
         checkpoint.load_backbone(run)

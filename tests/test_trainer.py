@@ -17,7 +17,7 @@ from ssl.methods.relative_location import RelativeLocation
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone
 from ssl.optim import make_optimizer, parameter_groups, set_lr
-from ssl.plan import averaged_copy
+from ssl.averaging import MovingAverage, averaged_copy
 from ssl.trainer import NotFinite, Stopped, Trainer, choose_dtype, total_steps
 
 SIZE = (24, 24)
@@ -185,7 +185,7 @@ def test_moving_average_follows_its_formula_and_copies_counters():
     ema = averaged_copy(method)
     name = "projector.0.weight"
     start = ema[name].clone()
-    trainer = make_trainer(method, ema=ema, ema_decay=0.9)
+    trainer = make_trainer(method, average=MovingAverage(ema, 0.9))
     method.train()
     trainer.step(make_batch(method, num_views=2), 0)
     torch.testing.assert_close(ema[name], 0.9 * start + 0.1 * method.state_dict()[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ class Method(nn.Module):
     """Uniform numbers that `forward` reads per image. They are a function of (seed, epoch, image index)."""
     view_size: tuple[int, int]
     """Height and width of the views that `forward` takes, in pixels."""
+    lr_scales: Mapping[str, float] = MappingProxyType({})
+    """Factors on the learning rate of the parameters whose names begin with a key; 1 for all others."""
     couples_images: bool = False
     """True where an image's loss depends on the other images of the global batch, as contrastive losses do.
 

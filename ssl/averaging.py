@@ -1,0 +1,110 @@
+"""Averages of the weights that training passes through: exponential, and stochastic weight averaging."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Average(Protocol):
+    """An average of a module's parameters and buffers, by name; floating ones are averaged, others are the latest."""
+
+    tensors: dict[str, Tensor]
+
+    def update(self, module: nn.Module, done: int) -> None:
+        """Take in the weights after `done` steps."""
+        ...
+
+    def ready(self, done: int) -> bool:
+        """Whether the average says more than the weights themselves after `done` steps."""
+        ...
+
+
+def averaged_copy(module: nn.Module) -> dict[str, Tensor]:
+    """The start of an average: a copy of every parameter and buffer, by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@dataclass
+class MovingAverage:
+    """Exponential moving average: after each step `decay` of what it was and 1 - `decay` of the weights."""
+
+    tensors: dict[str, Tensor]
+    decay: float
+
+    def update(self, module: nn.Module, done: int) -> None:
+        _move(self.tensors, module, 1 - self.decay)
+
+    def ready(self, done: int) -> bool:
+        return True
+
+
+@dataclass
+class StochasticWeightAverage:
+    """The plain mean of the weights after step `start_step` and every `every_steps` steps from there (Izmailov et al.
+    2018, arXiv:1803.05407, algorithm 1). How many went in is a function of the step, so nothing beside it is stored.
+    """
+
+    tensors: dict[str, Tensor]
+    start_step: int
+    every_steps: int
+
+    def update(self, module: nn.Module, done: int) -> None:
+        since = done - self.start_step
+        if since >= 0 and since % self.every_steps == 0:
+            _move(self.tensors, module, 1 / (since // self.every_steps + 1))  # the first of them replaces the start
+
+    def ready(self, done: int) -> bool:
+        return done >= self.start_step
+
+
+@torch.no_grad()
+def _move(tensors: dict[str, Tensor], module: nn.Module, weight: float) -> None:
+    state = module.state_dict()
+    floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([tensors[name] for name in floats], [state[name] for name in floats], weight)
+    for name in state.keys() - set(floats):
+        tensors[name].copy_(state[name])
+
+
+@contextlib.contextmanager
+def weights_of(module: nn.Module, tensors: dict[str, Tensor] | None) -> Iterator[None]:
+    """Let `module` compute with `tensors` in the place of its own weights and buffers; None changes nothing."""
+    if tensors is None:
+        yield
+        return
+    own = module.state_dict(keep_vars=True)
+    kept = {name: own[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            own[name].data = tensor
+        yield
+    finally:
+        for name, tensor in kept.items():
+            own[name].data = tensor
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether `module` has normalisation layers that keep statistics of what they have seen."""
+    return any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules())
+
+
+@contextlib.contextmanager
+def fresh_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers forget their statistics and take the plain mean over all the batches that follow."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    momenta = [part.momentum for part in norms]
+    for part in norms:
+        part.reset_running_stats()
+        part.momentum = None  # torch's word for the mean over all batches
+    try:
+        yield
+    finally:
+        for part, momentum in zip(norms, momenta, strict=True):
+            part.momentum = momentum

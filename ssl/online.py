@@ -1,0 +1,63 @@
+"""What is evaluated while a run goes on: named in the config, called on every rank, off the path of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ssl.methods.base import Method
+
+
+class StopRun(ValueError):
+    """An evaluation's verdict that the run shall end here, in words. What the run has made is saved first.
+
+    `metrics` are those that led to it, to be logged.
+    """
+
+    def __init__(self, message: str, metrics: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.metrics = dict(metrics or {})
+
+
+@dataclass(frozen=True)
+class OnlineSubject:
+    """A run in progress, as an evaluation sees it: in eval mode, without gradients, with the weights that a checkpoint
+    of this step would be judged by (the average, where the run keeps one).
+    """
+
+    method: Method
+    image_size: tuple[int, int]
+    channels: int
+    mean: list[float]
+    std: list[float]
+    data: dict[str, Any]
+    """The plain data config of the run."""
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    step: int
+    """Completed steps."""
+    epoch: float
+    threads: int | None
+    warn: Callable[[str], None]
+    """Shows one warning, on the first rank."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.method.backbone
+
+
+class Evaluation(Protocol):
+    """What the group `online` names by `_target_`.
+
+    One that keeps something over the run, such as the best value so far, also offers `state() -> dict` of JSON values
+    and `load(dict)`, which a checkpoint carries.
+    """
+
+    def __call__(self, subject: OnlineSubject) -> dict[str, float]:
+        """Metrics, the same on every rank. Raises StopRun where the run shall end, on every rank alike."""
+        ...

@@ -1,0 +1,77 @@
+"""Whether a run folder holds the run that was asked for: the same recipe, the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssl.config import plain
+from ssl.data.sources import Source, checksum
+
+FREE = (
+    "out",
+    "accept_changes",
+    "wandb",
+    "loader",
+    "trainer.steps",
+    "trainer.device",
+    "trainer.devices",
+    "trainer.log_every_steps",
+    "trainer.checkpoint_every_steps",
+    "trainer.keep_last",
+    "trainer.keep_every_steps",
+    "trainer.pictures",
+    "trainer.compile",
+    "trainer.eval_every_epochs",
+    "online",
+    "data.root",  # the images themselves are compared
+    "data.source.root",
+    "data.source.download",
+    "data.source.held_gib",
+    "data.in_memory_gib",
+    "data.max_bad_fraction",
+)
+"""Settings that may change between two starts of one run: it stays the same run."""
+
+
+def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
+    """Raise ValueError with the differences where the run in `folder` was made by another recipe.
+
+    A setting that the run's version did not have yet counts as the default of `schema`.
+    """
+    before, now = _flat(plain(OmegaConf.create((folder / "run.yaml").read_text()))), _flat(plain(config))
+    defaults = _flat(plain(OmegaConf.structured(schema)))
+    before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
+    free = tuple(key for key in FREE if key != "trainer.steps" or config.trainer.epochs is not None)
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder.parent.parent} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another out= for a new run, or accept_changes=true to continue this one under the new recipe"
+        )
+
+
+def same_images(state: Mapping[str, Any], source: Source, out: Path) -> None:
+    """Raise ValueError where the run was trained on other images than the data's root holds now."""
+    if (state["num_images"], state["images"]) != (len(source), checksum(source)):
+        raise ValueError(
+            f"{out} holds a run on other images ({state['num_images']:,}; {source.name} has {len(source):,}); "
+            "give another out= for a new run, or accept_changes=true to continue on these"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    return {
+        k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -1,0 +1,412 @@
+"""One run of the training loop, from a method and its images to checkpoints: the same for pretraining and fine-tuning.
+
+`train` reads as the table of contents of what they share; what comes before it is each command's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import ssl.checkpoint as checkpoint
+import ssl.distributed as distributed
+from ssl.averaging import (
+    Average,
+    MovingAverage,
+    StochasticWeightAverage,
+    averaged_copy,
+    fresh_statistics,
+    has_batchnorm,
+    weights_of,
+)
+from ssl.config import plain, wrong_types
+from ssl.data.augment import Augment
+from ssl.data.loader import Loader
+from ssl.data.sources import Source, checksum
+from ssl.data.views import make_views
+from ssl.methods.base import Batch, Method
+from ssl.models.backbones import BackboneSpec, is_token_model
+from ssl.online import Evaluation, OnlineSubject, StopRun
+from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
+from ssl.pictures import reconstruction_panel, views_panel
+from ssl.plan import describe_plan
+from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
+from ssl.same_run import same_images, same_recipe
+from ssl.schedules import Schedule, make_schedule
+from ssl.tracking import Tracker
+from ssl.trainer import Trainer, dtype_name, to_device, total_steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a run trains on, and how they are read."""
+
+    source: Source
+    channels: int
+    mean: list[float]
+    std: list[float]
+    in_memory_gib: float
+    max_bad_fraction: float
+    settings: dict[str, Any]
+    """The plain data config that they come from."""
+
+
+def train(
+    config: DictConfig,
+    *,
+    schema: type,
+    out: Path,
+    method: Method,
+    spec: BackboneSpec,
+    images: Images,
+    device: torch.device,
+    dtype: torch.dtype,
+    evaluations: Mapping[str, Evaluation],
+    next_command: str,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train `method` as `config`, a TrainingConfig and more, says, in the run folder `out`, from its last checkpoint if
+    it has one; returns the last metrics.
+
+    `evaluations` are called every `trainer.eval_every_epochs`. `card` is stored in each checkpoint's state.json. Raises
+    ValueError for settings that do not go together and for a run of another recipe in `out`, StopRun where an
+    evaluation ended the run, now or before.
+    """
+    settings = config.trainer
+    source, mean, std = images.source, images.mean, images.std
+
+    # ---- the model on its device -----------------------------------------------------------------------------------
+    channels_last = not is_token_model(method.backbone)
+    method.to(device)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if settings.sync_batchnorm:
+        distributed.sync_batchnorm(method)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        _attend_by_matmul(method)
+
+    # ---- views -----------------------------------------------------------------------------------------------------
+    with wrong_types("augment.views"):
+        views = make_views(plain(config.augment.views))
+    augment = Augment(views, mean=mean, std=std).to(device)
+    loader = Loader(
+        source,
+        views,
+        size=method.view_size,
+        channels=images.channels,
+        seed=config.seed,
+        num_noise=method.num_noise,
+        threads=config.loader.threads,
+        in_memory_gib=images.in_memory_gib,
+        max_bad_fraction=images.max_bad_fraction,
+        prefetch=config.loader.prefetch,
+        pin_memory=device.type == "cuda",
+    )
+    global_batch_size = settings.global_batch_size
+    steps_per_epoch = loader.steps_per_epoch(global_batch_size)
+    span, stop_step = total_steps(epochs=settings.epochs, steps=settings.steps, steps_per_epoch=steps_per_epoch)
+
+    # ---- recipe ----------------------------------------------------------------------------------------------------
+    batch = batch_arithmetic(
+        global_batch_size, world_size=distributed.world_size(), device_batch_size=settings.device_batch_size
+    )
+    optim = config.optim
+    peak_lr = scaled_lr(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
+    groups = parameter_groups(
+        method, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, lr_scales=method.lr_scales
+    )
+    with wrong_types("optim.options"):
+        optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **plain(optim.options))
+    schedule = make_schedule(
+        config.schedule.name.name,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=span,
+        warmup_epochs=config.schedule.warmup_epochs,
+        min_factor=config.schedule.min_factor,
+        milestones=plain(config.schedule.milestones),
+        gamma=config.schedule.gamma,
+    )
+    average = _make_average(method, settings, steps_per_epoch=steps_per_epoch, stop_step=stop_step)
+    lr = _lr(schedule, peak_lr, average, settings.swa_lr_factor)
+
+    # ---- the past of this run --------------------------------------------------------------------------------------
+    config_yaml = OmegaConf.to_yaml(config, resolve=True)
+    resumed = checkpoint.resume(
+        out,
+        method=method,
+        ema=None if average is None else average.tensors,
+        warn=log.warning,
+        check=lambda folder: None if config.accept_changes else same_recipe(config, folder, schema),
+    )
+    start_step, scaler_state = 0, {}
+    if resumed is not None:
+        state, optimizer_tensors = resumed
+        if not config.accept_changes:
+            same_images(state, source, out)
+            if state.get("ended"):
+                raise StopRun(state["ended"])
+        tensors_to_state(optimizer, optimizer_tensors)
+        start_step, scaler_state = state["step"], state["scaler"]
+        _load_evaluations(evaluations, state.get("evaluations", {}))
+        del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
+    steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
+
+    # ---- what this run will be, in words ---------------------------------------------------------------------------
+    main = distributed.is_main()
+    few = _first_images(loader, device, count=8)
+    # On every rank: it runs the method forward, where contrastive losses wait for the others.
+    plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
+    tracker = Tracker(
+        out,
+        config=plain(config),
+        wandb_mode=config.wandb.mode.name,
+        wandb_project=config.wandb.project,
+        wandb_name=config.wandb.name or f"{out.parent.name}/{out.name}",
+        wandb_group=config.wandb.group,
+        total_steps=stop_step,
+        is_main=main,
+        resume_step=start_step,
+    )
+    if main:
+        (out / "config.yaml").write_text(config_yaml)
+        rows = effective_recipe(optimizer, method, lr=peak_lr)
+        (out / "recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
+        arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
+        announcement = [
+            f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
+            f"{loader.describe()}{_ignored_note(source)}, views of {'x'.join(map(str, method.view_size))}",
+            f"{plan}; {dtype_name(dtype)} on {device}",
+            f"{batch}{_statistics_note(batch, method)}",
+            f"{arithmetic}; {schedule.describe()}{_average_note(average, settings)}",
+            recipe_table(rows),
+        ]
+        print("\n".join(announcement), flush=True)
+
+    # ---- train -----------------------------------------------------------------------------------------------------
+    latest: dict[str, float] = {}
+    ended: list[str] = []
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        latest.update(metrics)
+        tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
+
+    def on_evaluate(step: int) -> dict[str, float]:
+        subject = OnlineSubject(
+            method=method,
+            image_size=spec.image_size,
+            channels=images.channels,
+            mean=mean,
+            std=std,
+            data=images.settings,
+            device=device,
+            dtype=dtype,
+            seed=config.seed,
+            step=step,
+            epoch=step / steps_per_epoch,
+            threads=config.loader.threads,
+            warn=log.warning if main else lambda text: None,
+        )
+        return _evaluate(evaluations, subject, ended)
+
+    def on_save(step: int) -> None:
+        if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == stop_step or ended):
+            _renew_statistics(method, average, loader, augment, device=device, batch_size=batch.device_batch_size)
+        distributed.barrier()
+        if main:
+            checkpoint.save(
+                out,
+                step=step,
+                method=method,
+                spec=spec,
+                optimizer_tensors=state_to_tensors(optimizer),
+                ema=average.tensors if average is not None and average.ready(step) else None,
+                config_yaml=config_yaml,
+                state={
+                    "epoch": step / steps_per_epoch,
+                    "seed": config.seed,
+                    "num_images": len(source),
+                    "images": checksum(source),
+                    "scaler": trainer.scaler.state_dict(),
+                    "metrics": latest,
+                    "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
+                    "ended": ended[0] if ended else None,
+                    **(card or {}),
+                },
+                mean=mean,
+                std=std,
+            )
+            checkpoint.prune(out, newest=step, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
+            if settings.pictures:
+                _show(tracker, step, method, augment, few, mean=mean, std=std)
+        distributed.barrier()  # nobody leaves, or says that it is saved, before it is
+
+    trainer = Trainer(
+        method,
+        augment,
+        optimizer,
+        lr=lr,
+        set_lr=set_lr,
+        device=device,
+        dtype=dtype,
+        seed=config.seed,
+        accumulation=batch.accumulation,
+        clip_grad_norm=settings.clip_grad_norm,
+        average=average,
+        channels_last=channels_last,
+        compile=settings.compile,
+        log_every_steps=settings.log_every_steps,
+        checkpoint_every_steps=settings.checkpoint_every_steps,
+        log=on_log,
+        save=on_save,
+        last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
+        evaluate=on_evaluate if evaluations and settings.eval_every_epochs else None,
+        evaluate_every_steps=max(round((settings.eval_every_epochs or 1) * steps_per_epoch), 1),
+    )
+    if scaler_state and trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(scaler_state)
+    try:
+        with loader:
+            batches = loader.batches(
+                start_step=start_step,
+                stop_step=stop_step,
+                global_batch_size=global_batch_size,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+            )
+            trainer.fit(batches, start_step=start_step, stop_step=stop_step, global_batch_size=global_batch_size)
+        if main:
+            was = "was already complete" if start_step >= stop_step else "is complete"
+            print(f"the run {was} at step {max(start_step, stop_step)}: {out}\nnext: {next_command}", flush=True)
+    finally:
+        tracker.close()
+    return latest
+
+
+def _make_average(method: Method, settings: Any, *, steps_per_epoch: int, stop_step: int) -> Average | None:
+    """The average of the weights that the trainer's settings ask for, if any."""
+    if settings.ema_decay is not None:
+        return MovingAverage(averaged_copy(method), settings.ema_decay)
+    if settings.swa_start_epoch is None:
+        return None
+    start = round(settings.swa_start_epoch * steps_per_epoch)
+    if not 0 < start <= stop_step:
+        raise ValueError(
+            f"trainer.swa_start_epoch={settings.swa_start_epoch:g} must lie within the run, above 0 and at most "
+            f"{stop_step / steps_per_epoch:g}"
+        )
+    every = max(round(settings.swa_every_epochs * steps_per_epoch), 1)
+    return StochasticWeightAverage(averaged_copy(method), start_step=start, every_steps=every)
+
+
+def _lr(
+    schedule: Schedule, peak_lr: float, average: Average | None, swa_lr_factor: float | None
+) -> Callable[[int], float]:
+    """A step's learning rate: the schedule's, and where asked for a constant one once the weights are averaged."""
+    if swa_lr_factor is None:
+        return lambda step: peak_lr * schedule.factor(step)
+    assert isinstance(average, StochasticWeightAverage)
+    start = average.start_step
+    return lambda step: peak_lr * (schedule.factor(step) if step < start else swa_lr_factor)
+
+
+def _average_note(average: Average | None, settings: Any) -> str:
+    if isinstance(average, MovingAverage):
+        return f"; moving average of the weights, {average.decay:g}"
+    if isinstance(average, StochasticWeightAverage):
+        rate = "" if settings.swa_lr_factor is None else f", from there at {settings.swa_lr_factor:g} of the peak"
+        return f"; weights averaged every {average.every_steps} steps from step {average.start_step}{rate}"
+    return ""
+
+
+def _evaluate(evaluations: Mapping[str, Evaluation], subject: OnlineSubject, ended: list[str]) -> dict[str, float]:
+    """What all evaluations find. One that ends the run is heard when the others are done."""
+    metrics: dict[str, float] = {}
+    verdict: StopRun | None = None
+    for evaluation in evaluations.values():
+        try:
+            metrics |= evaluation(subject)
+        except StopRun as stop:
+            metrics |= stop.metrics
+            verdict = verdict or stop
+    if verdict is not None:
+        ended.append(str(verdict))
+        verdict.metrics = metrics
+        raise verdict
+    return metrics
+
+
+def _load_evaluations(evaluations: Mapping[str, Evaluation], states: Mapping[str, Any]) -> None:
+    for name, evaluation in evaluations.items():
+        if name in states and hasattr(evaluation, "load"):
+            evaluation.load(states[name])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def _renew_statistics(
+    method: Method, average: Average, loader: Loader, augment: Augment, *, device: torch.device, batch_size: int
+) -> None:
+    """Give the averaged weights BatchNorm statistics of their own, from one pass over the images as they are trained on
+    (Izmailov et al. 2018, section 3.2). Each rank sees them all, so that all have the same.
+    """
+    if not has_batchnorm(method):
+        return
+    training = method.training
+    method.train()
+    with weights_of(method, average.tensors), fresh_statistics(method):
+        for batch in loader.sequential(batch_size=min(batch_size, len(loader))):
+            if len(batch["index"]) > 1:  # the rest of the set may be a single image, which has no deviation
+                method(augment(to_device(batch, device)))
+    method.train(training)
+
+
+def _attend_by_matmul(method: Method) -> None:
+    """On the CPU timm's plain matrix products beat the fused attention kernel in bf16."""
+    for module in method.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # pyright: ignore
+
+
+def _ignored_note(source: Source) -> str:
+    return f" ({source.num_ignored:,} other files ignored)" if source.num_ignored else ""
+
+
+def _statistics_note(batch: BatchArithmetic, method: Method) -> str:
+    norms = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    if batch.accumulation == 1 or not norms:
+        return ""
+    return f"; BatchNorm's statistics are those of each part of {batch.device_batch_size} images"
+
+
+def _first_images(loader: Loader, device: torch.device, *, count: int) -> Batch:
+    """The first images of the set, as the method sees them in epoch 0."""
+    batches = loader.sequential(batch_size=min(count, len(loader)))
+    batch = next(iter(batches))
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    return to_device(batch, device)
+
+
+def _show(
+    tracker: Tracker, step: int, method: Method, augment: Augment, few: Batch, *, mean: list[float], std: list[float]
+) -> None:
+    """Pictures of what the method sees, and of what it makes of it where it makes something."""
+    training = method.training
+    method.eval()  # so that pictures draw no random numbers and move no statistics
+    with torch.no_grad():
+        batch = augment(few)
+        tracker.images(step, "views", views_panel(batch["views"], mean=mean, std=std))
+        reconstruct = getattr(method, "reconstruct", None)
+        if reconstruct is not None:
+            panels = reconstruct(batch["views"][0], batch["noise"])
+            tracker.images(step, "reconstructions", reconstruction_panel(panels, mean=mean, std=std))
+    method.train(training)
