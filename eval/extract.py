@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval.layers import GRID_DIM, ExtractSets, make_extract, parse_sets, resolve_sets
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.views import View
-from ssl.models.backbones import is_token_model, pooled_features
-from ssl.models.tokens import encode
 from ssl.trainer import to_device
 
 PIXEL_SIDE = 32
 WHOLE_UP_TO = 96
-POOLINGS = ("model", "patches")
 
 Extract = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features (N, D) float32 and labels (N,) of a split, in its order without the images that could not be decoded."""
+    """Features (N, D) float32 and labels of a split, in its order without the images that could not be decoded.
+
+    Labels are (N,), or (N, C) multi-hot.
+    """
 
     features: Tensor
     labels: Tensor
@@ -40,31 +41,24 @@ def centre_view(size: tuple[int, int]) -> View:
     return View(crop="center", fraction=1.0 if max(size) <= WHOLE_UP_TO else 0.875)
 
 
-def backbone_features(model: nn.Module, *, device: torch.device, dtype: torch.dtype, pooling: str = "model") -> Extract:
-    """The function from normalised images (B, C, H, W) to pooled features (B, D); the model is put in eval mode.
+def backbone_features(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    pooling: str = "model",
+    layer: str = "last",
+    grid_dim: int = GRID_DIM,
+) -> Extract:
+    """The function from normalised images (B, C, H, W) to one vector per image (B, D), as `FeatureSet` names it.
 
-    `pooling` is `model`, what timm's classifier would read (a vision transformer's class token, a ResNet's average), or
-    `patches`, the mean of a vision transformer's patch tokens. Raises ValueError for `patches` of another model.
+    The model is put in eval mode. Raises ValueError for a layer or pooling that the model does not have.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-    if pooling == "patches" and not is_token_model(model):
-        raise ValueError(f"pooling=patches needs a vision transformer, got {type(model).__name__}; leave it at model")
-    model = model.to(device).eval()
-    channels_last = not is_token_model(model)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def extract(image: Tensor) -> Tensor:
-        if channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            if pooling == "model":
-                return pooled_features(model, image)  # (B, D)
-            tokens = encode(model, image, None)  # (B, prefix+N, D)
-            return tokens[:, model.num_prefix_tokens :].mean(1)  # (B, D)
-
-    return extract
+    sets = resolve_sets(model, parse_sets(layer, pooling, grid_dim=grid_dim))
+    if len(sets) > 1:
+        raise ValueError(f"layer={layer} names {len(sets)} layers where one is read; give a number or last")
+    extract = make_extract(model, sets, device=device, dtype=dtype)
+    return lambda image: extract(image)[0]  # (B, D)
 
 
 def raw_pixels(image: Tensor) -> Tensor:
@@ -72,7 +66,6 @@ def raw_pixels(image: Tensor) -> Tensor:
     return image.flatten(1)
 
 
-@torch.no_grad()
 def extract_features(
     extract: Extract,
     loader: Loader,
@@ -86,29 +79,69 @@ def extract_features(
 
     Raises ValueError where a feature is not finite: a backbone that has diverged has no accuracy.
     """
+    return extract_all(
+        lambda image: [extract(image)], loader, augment, batch_size=batch_size, device=device, title=title
+    )[0]
+
+
+@torch.no_grad()
+def extract_all(
+    extract: ExtractSets,
+    loader: Loader,
+    augment: Augment,
+    *,
+    batch_size: int,
+    device: torch.device,
+    title: str = "features",
+    limit_gib: float | None = None,
+) -> list[Features]:
+    """`extract_features` for several vectors per image from one pass; labels and index are shared, not copied.
+
+    Raises ValueError, after the first batch, where all features together take more than `limit_gib`.
+    """
     size = len(loader)
-    features = torch.empty(0)
-    labels, index = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
+    kept: list[Tensor] = []
+    labels = torch.empty(size, *np.asarray(loader.source.labels).shape[1:], dtype=torch.int64)  # (N,) or (N, C)
+    index = torch.empty(size, dtype=torch.int64)
     done = 0
     for batch in _shown(loader.sequential(batch_size=batch_size), title=title, total=-(-size // batch_size)):
         batch = augment(to_device(batch, device))
-        found = extract(batch["views"][0]).float().cpu()  # (B, D)
-        if not torch.isfinite(found).all():
-            where = batch["index"].cpu()[~torch.isfinite(found).all(dim=1)][0].item()
-            raise ValueError(
-                f"the features of {loader.source.describe(int(where))} are not finite; the backbone has diverged. "
-                "Judge an earlier checkpoint, or give precision=fp32"
-            )
+        found = [features.float().cpu() for features in extract(batch["views"][0])]  # (B, D) each
+        for features in found:
+            _check_finite(features, batch["index"].cpu(), loader)
         if done == 0:
-            features = torch.empty(size, found.shape[1])  # (N, D), once: what is kept does not grow
-        rows = slice(done, done + len(found))
-        features[rows], labels[rows], index[rows] = found, batch["label"].cpu(), batch["index"].cpu()
-        done += len(found)
+            _check_memory([features.shape[1] for features in found], size, limit_gib)
+            kept = [torch.empty(size, features.shape[1]) for features in found]  # once: what is kept does not grow
+        rows = slice(done, done + len(batch["index"]))
+        labels[rows], index[rows] = batch["label"].cpu(), batch["index"].cpu()
+        for features, into in zip(found, kept):
+            into[rows] = features
+        done = rows.stop
     # The loader shows another image in the place of one that it cannot decode; here that would count it twice.
     readable = torch.from_numpy(~np.isin(index.numpy(), list(loader.bad)))
     if not readable.all():
-        features, labels, index = features[readable], labels[readable], index[readable]
-    return Features(features, labels, index, num_bad=int((~readable).sum()))
+        kept, labels, index = [features[readable] for features in kept], labels[readable], index[readable]
+    return [Features(features, labels, index, num_bad=int((~readable).sum())) for features in kept]
+
+
+def _check_finite(features: Tensor, index: Tensor, loader: Loader) -> None:
+    finite = torch.isfinite(features).all(dim=1)  # (B,)
+    if not finite.all():
+        where = loader.source.describe(int(index[~finite][0]))
+        raise ValueError(
+            f"the features of {where} are not finite; the backbone has diverged. "
+            "Judge an earlier checkpoint, or give precision=fp32"
+        )
+
+
+def _check_memory(dimensions: list[int], num: int, limit_gib: float | None) -> None:
+    gib = num * sum(dimensions) * 4 / 2**30
+    if limit_gib is not None and gib > limit_gib:
+        raise ValueError(
+            f"features of {num:,} images with {' + '.join(map(str, dimensions))} dimensions take {gib:.1f} GiB, more "
+            f"than features_gib={limit_gib:g}; give fewer layers or poolings, a smaller grid_dim, data.limit, or more "
+            "features_gib where the memory is there"
+        )
 
 
 def _shown(batches: Iterator, *, title: str, total: int) -> Iterable:
