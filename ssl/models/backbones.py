@@ -16,7 +16,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-STEMS = ("standard", "small")
+STEMS = ("standard", "small", "padded")  # padded: small with a padding of 2, as solo-learn builds it for CIFAR
 COMMON_SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448, 512)
 OWN_ARGUMENTS = {  # what build_backbone sets itself, and the setting to use instead
     "in_chans": "the data's channels",
@@ -120,8 +120,8 @@ def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: st
         raise ValueError(
             f"{spec.architecture} takes no drop path, got model.drop_path={drop_path}; set it to 0."
         ) from None
-    if spec.stem == "small":
-        _make_stem_small(model, device=device)
+    if spec.stem != "standard":
+        _make_stem_small(model, padding=2 if spec.stem == "padded" else 1, device=device)
     if drop_path and not any(getattr(module, "drop_prob", 0.0) for module in model.modules()):
         raise ValueError(
             f"model.drop_path={drop_path} has no effect on {spec.architecture} with {spec.model_args}; set it to 0."
@@ -260,22 +260,24 @@ def _choose_stem(name: str, probe: nn.Module, side: int, stem: str) -> str:
     if stem not in ("auto", *STEMS):
         raise ValueError(f"model.stem must be one of auto, standard, small, got {stem!r}.")
     has_stem = isinstance(probe, ResNet)
-    if stem == "small" and not has_stem:
-        raise ValueError(f"model.stem=small is for timm's ResNets, and {name} is none; set model.stem=auto.")
+    if stem in ("small", "padded") and not has_stem:
+        raise ValueError(f"model.stem={stem} is for timm's ResNets, and {name} is none; set model.stem=auto.")
     if stem == "auto":
         return "small" if has_stem and side <= 64 else "standard"
     return stem
 
 
-def _make_stem_small(model: nn.Module, *, device: str | None) -> None:
+def _make_stem_small(model: nn.Module, *, padding: int, device: str | None) -> None:
     """Let a ResNet's first layer keep the resolution: 3x3 with stride 1, no max-pool (SimCLR, appendix B.9)."""
     if not isinstance(model, ResNet):
         raise ValueError(f"A small stem is for timm's ResNets, got {type(model).__name__}.")
     if isinstance(model.conv1, nn.Sequential):  # deep stems are 3x3 already
+        if padding != 1:
+            raise ValueError("A padded stem is one layer of 3 x 3, and this ResNet's has three; set model.stem=small.")
         model.conv1[0].stride = (1, 1)  # pyright: ignore[reportArgumentType]
     else:
         old = model.conv1
-        model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False, device=device)
+        model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=padding, bias=False, device=device)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     for index, info in enumerate(model.feature_info):
