@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.extract import backbone_features
 from eval.head_file import Head, is_head, load_head
+from eval.layers import FeatureSet, make_extract, resolve_sets
 from ssl.checkpoint import LoadedBackbone, find, load_backbone, steps_saved
 from ssl.models.backbones import is_token_model
 
@@ -91,7 +91,7 @@ def load_probed(
     head = replace(head, weight=weight, bias=bias)
 
     def logits(image: Tensor) -> Tensor:
-        features = extract(image).float()  # (B, D), and the head in fp32, as the probe had it
+        features = extract(image)  # (B, D) in fp32, as the probe had it
         if features.shape[1] != weight.shape[1]:
             raise ValueError(f"{folder} reads {weight.shape[1]} features, the backbone gives {features.shape[1]}")
         return head.logits(features)  # (B, C)
@@ -112,10 +112,12 @@ def probed_features(
     loaded: LoadedBackbone, features: dict[str, Any], *, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """The function from normalised images (B, C, H, W) to the features (B, D) that a head was trained on."""
-    unknown = sorted(set(features) - {"pooling"})
-    if unknown:
-        raise ValueError(f"the head reads features that this version does not know: {', '.join(unknown)}")
-    return backbone_features(loaded.model, device=device, dtype=dtype, pooling=features.get("pooling", "model"))
+    try:
+        wanted = FeatureSet(**features)
+    except TypeError as error:
+        raise ValueError(f"the head reads features that this version does not know: {features} ({error})") from error
+    extract = make_extract(loaded.model, resolve_sets(loaded.model, [wanted]), device=device, dtype=dtype)
+    return lambda image: extract(image)[0]  # (B, D)
 
 
 def _find_backbone(head: Head, folder: Path, given: str | Path | None) -> LoadedBackbone:
