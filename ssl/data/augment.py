@@ -1,4 +1,4 @@
-"""Flip, colour, blur and normalisation of a batch of uint8 crops, each image by its own parameters, on any device.
+"""Flip, colour, blur, normalisation and erasing of uint8 crops, each image by its own parameters, on any device.
 
 Each operation equals torchvision's of the same name on float images in 0..1, clamping included. The work stays in
 float32 from the uint8 crop to the normalised view, without torchvision's rounding to uint8 after each operation.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssl.data.erasing import erase_
 from ssl.data.views import JITTER_OPERATIONS, View
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
@@ -78,7 +79,10 @@ class Augment(nn.Module):
         for rows in _chunks(parameters, crops):
             chunk = {name: values[rows] for name, values in parameters.items()}
             images = _photometric(view, _take(crops, rows), chunk, kernel_size)
-            _put(result, rows, images.sub_(self.mean).div_(self.std))
+            images.sub_(self.mean).div_(self.std)
+            if view.erase:
+                erase_(images, chunk["erase_box"], chunk["erase_key"], mode=view.erase_mode)
+            _put(result, rows, images)
         return result
 
 

@@ -18,6 +18,7 @@ import torch
 from ssl.data.bad_images import BadImages, BadList
 from ssl.data.decode import crop_resize
 from ssl.data.memory import MemoryImages, common_size, hold
+from ssl.data.policies import apply_policy_
 from ssl.data.reader import UNREADABLE, Reader
 from ssl.data.threads import ShouldStop, available_cores, chunk_bounds, run_ahead
 from ssl.randomness import shuffle, uniforms
@@ -54,6 +55,9 @@ class Loader:
     there. In the model's thread torch would cut each small step over all cores, which the loader's threads hold too,
     and wait for the slowest.
 
+    A view's policy, and the flip before it, are done here, on the uint8 crops; `fill` is the colour (C,) in 0..1 of
+    what the policy moves in from beyond the edge, as a rule the data's mean; grey where it is left out.
+
     Raises BadImages when more than `max_bad_fraction` of the images cannot be decoded, and ValueError for impossible
     settings.
     """
@@ -73,8 +77,10 @@ class Loader:
         prefetch: int = 2,
         pin_memory: bool = False,
         transform: Callable[[Batch], Batch] | None = None,
+        fill: Sequence[float] | None = None,
     ):
         _check_settings(source, threads=threads, prefetch=prefetch)
+        _check_policies(views, channels=channels, fill=fill)
         self.source = source
         self.views = list(views)
         self.size = (int(size[0]), int(size[1]))
@@ -84,6 +90,7 @@ class Loader:
         self.threads = available_cores() if threads is None else threads
         self.prefetch = prefetch
         self.transform = transform
+        self.fill = fill
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.reader = Reader(source, channels=channels)
         self.bad_list = BadList(source, seed=seed, max_fraction=max_bad_fraction)
@@ -239,6 +246,12 @@ class _BatchJob:
             for number, view in enumerate(self.loader.views)
         ]
 
+    def do_policy(self, view: View, crops: torch.Tensor, parameters: Parameters, number: int) -> None:
+        """Flip the crop of this `number` in its chunk and do its policy, in place."""
+        row = slice(number, number + 1)
+        chosen = {name: parameters[name][row] for name in ("policy_flip", "policy_op", "policy_argument")}
+        apply_policy_(crops[row], chosen, interpolation=view.interpolation, fill=self.loader.fill)
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory() if self.loader.pin_memory else tensor
@@ -261,6 +274,12 @@ class _HeldBatch(_BatchJob):
         parameters = self.sample(self.index[start:stop], self.memory.sizes(shown))
         for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
             self.memory.crop(shown, drawn["box"], crops[start:stop], interpolation=view.interpolation)
+            if view.policy is None:
+                continue
+            for number in range(stop - start):
+                if should_stop():
+                    return
+                self.do_policy(view, crops[start:stop], drawn, number)
         self.parameters[start] = parameters
 
 
@@ -297,6 +316,9 @@ class _DecodedBatch(_BatchJob):
                 self._sample_again(slot, number, parameters, image.size)
             self.shown[slot] = image.index
             self._crop(slot, pixels, [drawn["box"][number] for drawn in parameters])
+            for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
+                if view.policy is not None:
+                    self.do_policy(view, crops[start:stop], drawn, number)
 
     def _read(self, slot: int, *, attempt: int) -> _Opened:
         """The first readable image among the slot's own and its replacements from `attempt` on."""
@@ -327,6 +349,16 @@ class _DecodedBatch(_BatchJob):
         for view, box, crops in zip(self.loader.views, boxes, self.crops):
             crop = crop_resize(pixels, tuple(box.tolist()), self.loader.size, view.interpolation)
             crops[slot] = torch.from_numpy(crop)
+
+
+def _check_policies(views: Sequence[View], *, channels: int, fill: Sequence[float] | None) -> None:
+    policies = [view.policy for view in views if view.policy is not None]
+    if policies and channels not in (1, 3):
+        raise ValueError(
+            f"policy={policies[0]} works on grey or RGB images, the data has {channels} channels; set policy to null"
+        )
+    if fill is not None and len(fill) != channels:
+        raise ValueError(f"fill needs one number per channel: data.channels={channels}, got {list(fill)}")
 
 
 def _check_settings(source: Source, *, threads: int | None, prefetch: int) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from ssl.data.policies import Policy, parse_policy
 from ssl.randomness import uniforms_by_use
 
 CROPS = ("random_resized", "random", "center", "resize")
 INTERPOLATIONS = ("bicubic", "bilinear")
 JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 """The operations that a number in `jitter_order` stands for, in torchvision's numbering."""
-PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize")
+PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize", "erase")
 """The parts of a view that an image has or has not, in the order in which they are done."""
+ERASE_MODES = ("const", "rand", "pixel")
 _CROP_TRIES = 10
+_ERASE_TRIES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,11 @@ class View:
     view's shape, times `fraction`; an image that already has the view's size is taken whole) or `resize` (all of it,
     squashed). flip, jitter, grayscale, blur, solarize: probabilities, in the order in which they are done.
     brightness, contrast, saturation, hue: torchvision's ColorJitter strengths. blur_sigma: pixels of the view;
-    blur_kernel: share of the view's shorter side. solarize_threshold: 0..255.
+    blur_kernel: share of the view's shorter side. solarize_threshold: 0..255. policy: RandAugment or AutoAugment in
+    timm's words, such as `rand-m9-mstd0.5-inc1` (`parse_policy` tells them all), done right after the flip. erase: the
+    probability with which boxes of the normalised view are overwritten (Zhong et al. 2017): 1 to erase_count of them,
+    each with a share `erase_area` of the view, divided by their number, and an aspect `erase_ratio`, height by width;
+    erase_mode: with zeros (`const`), one normal colour per box (`rand`), or a normal number per pixel and channel.
     Raises ValueError for values that are out of range or that have no effect.
     """
 
@@ -49,6 +56,12 @@ class View:
     blur_kernel: float = 0.1
     solarize: float = 0.0
     solarize_threshold: float = 128.0
+    policy: str | None = None
+    erase: float = 0.0
+    erase_mode: str = "pixel"
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    erase_count: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,6 +88,10 @@ class View:
         _check(self.blur_sigma[0] > 0, f"blur_sigma is in pixels and must be above 0, got {self.blur_sigma}")
         _check(0 < self.blur_kernel <= 1, f"blur_kernel is a share of the view's side in 0..1, got {self.blur_kernel}")
         _check(0 <= self.solarize_threshold <= 255, f"solarize_threshold must lie in 0..255: {self.solarize_threshold}")
+        if self.policy is not None:
+            _check(isinstance(self.policy, str), f"policy must be text such as rand-m9-mstd0.5-inc1: {self.policy!r}")
+            parse_policy(self.policy)
+        self._check_erase()
         if self.fraction != 1 and self.crop not in ("random", "center"):
             raise ValueError(f"fraction={self.fraction} has no effect with crop={self.crop}; set crop=random or center")
         if self.crop != "random_resized" and (self.scale, self.ratio) != (View.scale, View.ratio):
@@ -88,6 +105,33 @@ class View:
                 f"{', '.join(self.jitter_operations)} have no effect while jitter=0; "
                 "set jitter to the probability with which an image's colours are jittered, or these to 0"
             )
+
+    def _check_erase(self) -> None:
+        _check(
+            self.erase_mode in ERASE_MODES,
+            f"erase_mode={self.erase_mode!r} is not known; choose one of {', '.join(ERASE_MODES)}",
+        )
+        _check(
+            0 < self.erase_area[1] <= 1,
+            f"erase_area is a share of the view and must lie in 0..1, got {self.erase_area}",
+        )
+        _check(self.erase_ratio[0] > 0, f"erase_ratio is height by width and must be above 0, got {self.erase_ratio}")
+        _check(
+            isinstance(self.erase_count, int) and not isinstance(self.erase_count, bool) and self.erase_count >= 1,
+            f"erase_count is the largest number of boxes and must be a whole number from 1 on, got {self.erase_count}",
+        )
+        given = [
+            name
+            for name in ("erase_mode", "erase_area", "erase_ratio", "erase_count")
+            if getattr(self, name) != getattr(View, name)
+        ]
+        if given and not self.erase:
+            raise ValueError(f"{', '.join(given)} have no effect while erase=0; set erase to a probability above 0")
+
+    @property
+    def parsed_policy(self) -> Policy | None:
+        """What `policy` names."""
+        return None if self.policy is None else parse_policy(self.policy)
 
     @property
     def jitter_operations(self) -> tuple[str, ...]:
@@ -116,8 +160,11 @@ class View:
         `view` is the view's place in the recipe, `size` (h, w) what the crop will be resized to. Always returned:
         `box` int64 (B, 4), top, left, height, width in source pixels; `flip` bool (B,). Where the view has them:
         `jitter` bool and `jitter_order` int64 (B, 4) into JITTER_OPERATIONS, with the factors `brightness` `contrast`
-        `saturation` `hue` float32; `grayscale` bool; `blur` bool with `blur_sigma` float32; `solarize` bool. Each row
-        is a function of (seed, epoch, index, view, height, width, size) alone.
+        `saturation` `hue` float32; `grayscale` bool; `blur` bool with `blur_sigma` float32; `solarize` bool;
+        `policy_op` and `policy_argument` (Policy.sample) with `policy_flip` bool, the flip that belongs before the
+        policy, `flip` being False then; `erase_box` int64 (B, erase_count, 4) in pixels of the view, without area where
+        nothing is erased, with `erase_key` int64 (B,), which the noise follows from. Each row is a function of (seed,
+        epoch, index, view, height, width, size) alone.
         """
         drawn = uniforms_by_use(seed, epoch, index, {f"view {view} {use}": n for use, n in self._uses().items()})
         draws = {use: drawn[f"view {view} {use}"] for use in self._uses()}  # (B, count) each
@@ -143,6 +190,13 @@ class View:
             parameters["blur_sigma"] = _between(*self.blur_sigma, draws["blur_sigma"][:, 0])
         if self.solarize:
             parameters["solarize"] = chosen("solarize")
+        if (policy := self.parsed_policy) is not None:
+            parameters["policy_flip"], parameters["flip"] = parameters["flip"], np.zeros(len(index), bool)
+            parameters |= policy.sample(draws)
+        if self.erase:
+            boxes = self._erase_boxes(draws, size)
+            parameters["erase_box"] = np.where(chosen("erase")[:, None, None], boxes, 0)
+            parameters["erase_key"] = (draws["erase_key"].astype(np.float64) * 2**24).astype(np.int64) @ (2**24, 1)
         return parameters
 
     def _uses(self) -> dict[str, int]:
@@ -153,7 +207,26 @@ class View:
             uses |= {"jitter_order": 4} | {f"{name} factor": 1 for name in self.jitter_operations}
         if self.blur:
             uses["blur_sigma"] = 1
+        if (policy := self.parsed_policy) is not None:
+            uses |= policy.uses()
+        if self.erase:
+            uses |= {"erase_box": self.erase_count * (2 * _ERASE_TRIES + 2), "erase_key": 2}
+            uses |= {"erase_count": 1} if self.erase_count > 1 else {}
         return uses
+
+    def _erase_boxes(self, draws: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        """The boxes (B, erase_count, 4) of views of `size` (h, w), those beyond an image's own number without area."""
+        num_images = len(draws["erase_box"])
+        number = np.ones(num_images, np.int64)  # boxes of each image
+        if self.erase_count > 1:
+            number += np.floor(draws["erase_count"][:, 0].astype(np.float64) * self.erase_count).astype(np.int64)
+        drawn = draws["erase_box"].reshape(num_images, self.erase_count, -1)  # (B, erase_count, 22)
+        boxes = [
+            erase_box(drawn[:, place], size, share=1 / number, area=self.erase_area, ratio=self.erase_ratio)
+            for place in range(self.erase_count)
+        ]
+        exists = np.arange(self.erase_count) < number[:, None]  # (B, erase_count)
+        return np.where(exists[:, :, None], np.stack(boxes, axis=1), 0)
 
     def _box(
         self, draws: np.ndarray | None, height: np.ndarray, width: np.ndarray, size: tuple[int, int]
@@ -221,6 +294,32 @@ def random_resized_box(
     top, left = (height - central_height) // 2, (width - central_width) // 2
     central = np.stack((top, left, central_height, central_width), axis=1)
     return np.where(fits.any(axis=1)[:, None], box, central)
+
+
+def erase_box(
+    draws: np.ndarray,
+    size: tuple[int, int],
+    *,
+    share: np.ndarray,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Boxes to erase (B, 4) in views of `size` (h, w), from uniform `draws` (B, 22), by timm's RandomErasing's rule.
+
+    Ten tries at a share of the area, uniform in `area` and times `share` (B,), and an aspect, height by width,
+    log-uniform in `ratio`; the first that is smaller than the view along both sides is placed uniformly. Where none
+    is, the box has no area.
+    """
+    shares = area[0] + (area[1] - area[0]) * draws[:, :_ERASE_TRIES].astype(np.float64)
+    pixels = shares * (size[0] * size[1]) * share[:, None]  # (B, tries)
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * draws[:, _ERASE_TRIES : 2 * _ERASE_TRIES].astype(np.float64))  # (B, tries)
+    height, width = np.rint(np.sqrt(pixels * aspect)), np.rint(np.sqrt(pixels / aspect))
+    fits = (height < size[0]) & (width < size[1])
+    first, row = fits.argmax(axis=1), np.arange(len(draws))
+    box_height, box_width = height[row, first].astype(np.int64), width[row, first].astype(np.int64)
+    box = _place(draws[:, 2 * _ERASE_TRIES :], np.array(size[0]), np.array(size[1]), box_height, box_width)
+    return np.where(fits.any(axis=1)[:, None], box, 0)
 
 
 def _place(
