@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def scoring_configs(out: Path, ckpt: str) -> dict[str, DictConfig]:
 
 def named(judged: Judged, name: str) -> Judged:
     """The same features, for a JSON of another name."""
-    return Judged(**{**vars(judged), "name": name, "protocol": {**judged.protocol, "command": "eval.demo"}})
+    return replace(judged, name=name, about={**judged.about, "command": "eval.demo"})
 
 
 def nearest(judged: Judged) -> Neighbours:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from ssl.config import CONF, build
 from ssl.data.sources import UNLABELLED, NoTestSplit, Source
@@ -28,6 +30,20 @@ class Splits:
     test_classes: np.ndarray
     test_split: str
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may be of several classes: labels are multi-hot (N, C)."""
+        return self.train.labels.ndim == 2
+
+    def in_classes_of_train(self, labels: Tensor) -> Tensor:
+        """Labels of test images, (N,) or multi-hot (N, C), as train numbers them."""
+        if not self.multi_label:
+            return torch.from_numpy(self.test_classes)[labels]
+        known = torch.from_numpy(np.flatnonzero(self.test_classes >= 0))  # the others have no image
+        joined = torch.zeros(len(labels), len(self.classes), dtype=labels.dtype)
+        joined[:, torch.from_numpy(self.test_classes)[known]] = labels[:, known]
+        return joined
 
 
 def data_settings(given: Mapping[str, Any], own: Mapping[str, Any] | None, *, subject: str) -> dict[str, Any]:
@@ -59,11 +75,11 @@ def data_settings(given: Mapping[str, Any], own: Mapping[str, Any] | None, *, su
     return merged
 
 
-def make_splits(data: Mapping[str, Any], *, own: bool, seed: int, command: str) -> Splits:
+def make_splits(data: Mapping[str, Any], *, own: bool, seed: int, command: str, multi_label: bool = False) -> Splits:
     """Build the train and test sources of `data`; `own` where a checkpoint names them and not the person who asks.
 
     Where there is no test split, a seeded, stratified fifth of train becomes it, and the notes say so. Raises
-    ValueError where there are no labels, or one class only.
+    ValueError where there are no labels, one class only, or several classes per image and not `multi_label`.
     """
     source = data["source"]
     within = "ssl.data." if own else None  # a checkpoint may come from anyone and names no code but ours
@@ -91,15 +107,15 @@ def make_splits(data: Mapping[str, Any], *, own: bool, seed: int, command: str) 
         test_split = "the data's own"
         test = _labelled(test, what=f"{command} needs a labelled test split; {where}")
     train = limit(train, data.get("limit"), seed=seed)
+    _check_labels(train, test, command=command, where=where, multi_label=multi_label)
     classes, test_classes = _join_classes(train, test, where=where)
-    if len(np.unique(train.labels)) < 2:
-        raise ValueError(f"{command} needs two classes or more; {where} has one in train: {train.name}")
     return Splits(train, test, classes, test_classes, test_split, notes)
 
 
 def _labelled(source: Source, *, what: str) -> Source:
     """`source` without the images that have no label. Raises ValueError, beginning with `what`, if none has one."""
-    has_label = source.labels != UNLABELLED
+    has_label = source.labels != UNLABELLED  # (N,) or (N, C)
+    has_label = has_label if has_label.ndim == 1 else has_label.all(1)
     if has_label.all():
         return source
     if not has_label.any():
@@ -110,13 +126,37 @@ def _labelled(source: Source, *, what: str) -> Source:
     return Subset(source, np.flatnonzero(has_label))
 
 
+def _check_labels(train: Source, test: Source, *, command: str, where: str, multi_label: bool) -> None:
+    if train.labels.ndim != test.labels.ndim:
+        raise ValueError(
+            f"{where}: one of train and test names several classes per image, the other one; give both alike"
+        )
+    if train.labels.ndim == 1:
+        if len(np.unique(train.labels)) < 2:
+            raise ValueError(f"{command} needs two classes or more; {where} has one in train: {train.name}")
+        return
+    if not multi_label:
+        raise ValueError(
+            f"{command} needs one class per image; {where} is multi-label, an image may have several of its "
+            f"{train.labels.shape[1]} classes. Judge it by python -m eval.linear_probe, which reports mAP"
+        )
+    present = train.labels.mean(0)  # (C,)
+    if not ((present > 0) & (present < 1)).any():
+        raise ValueError(
+            f"{command} needs a class that some images of train have and others lack; in {where} each class is that of "
+            f"all images or of none: {train.name}"
+        )
+
+
 def _join_classes(train: Source, test: Source, *, where: str) -> tuple[list[str], np.ndarray]:
     """Class names of train, and for each of test's labels the one that train gives that class."""
     if train.classes is None or test.classes is None:
         count = int(max(train.labels.max(), test.labels.max())) + 1
+        if train.labels.ndim == 2:
+            raise ValueError(f"{where}: labels of several classes per image need the names of the classes")
         return [str(label) for label in range(count)], np.arange(count)
     unknown = [
-        name for label, name in enumerate(test.classes) if name not in train.classes and (test.labels == label).any()
+        name for label, name in enumerate(test.classes) if name not in train.classes and _has_class(test.labels, label)
     ]
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
@@ -126,3 +166,8 @@ def _join_classes(train: Source, test: Source, *, where: str) -> tuple[list[str]
         )
     place = {name: label for label, name in enumerate(train.classes)}
     return list(train.classes), np.array([place.get(name, -1) for name in test.classes], np.int64)
+
+
+def _has_class(labels: np.ndarray, label: int) -> bool:
+    """Whether an image is of the class; labels (N,) or multi-hot (N, C)."""
+    return bool((labels == label).any() if labels.ndim == 1 else labels[:, label].any())

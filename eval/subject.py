@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from eval.extract import PIXEL_SIDE, Extract, Features, backbone_features, centre_view, extract_features, raw_pixels
+from eval.extract import PIXEL_SIDE, Features, centre_view, extract_all, raw_pixels
+from eval.layers import GRID_DIM, ExtractSets, FeatureSet, as_list, make_extract, parse_sets, resolve_sets
 from eval.results import environment, open_folder
 from eval.splits import Splits, data_settings, make_splits
 from ssl.checkpoint import LoadedBackbone, load_backbone
@@ -18,7 +21,7 @@ from ssl.config import plain
 from ssl.data.augment import Augment
 from ssl.data.image_size import choose_image_size
 from ssl.data.loader import Loader
-from ssl.data.sources import Source
+from ssl.data.sources import SPLITS, Source
 from ssl.models.backbones import build_backbone
 from ssl.trainer import choose_dtype, dtype_name
 
@@ -29,7 +32,10 @@ BASELINES = ("random", "pixels")
 class Subject:
     """What makes features of images, and what it wants them to be."""
 
-    extract: Extract
+    model: nn.Module | None
+    """The backbone; None for raw pixels."""
+    sets: list[FeatureSet]
+    """The vectors that `layers=` and `pooling=` name, as this backbone has them."""
     image_size: tuple[int, int]
     channels: int
     mean: list[float]
@@ -39,67 +45,128 @@ class Subject:
     folder: Path
     """Where its results lie."""
 
+    def extract(self, sets: Sequence[FeatureSet], *, device: torch.device, dtype: torch.dtype) -> ExtractSets:
+        """The function from normalised images to a vector of each set."""
+        if self.model is None:
+            return lambda image: [raw_pixels(image) for _ in sets]
+        return make_extract(self.model, sets, device=device, dtype=dtype)
+
 
 @dataclass(frozen=True)
 class Judged:
-    """Features of both splits with labels in 0..len(classes)-1, and the protocol so far."""
+    """What is judged on which labelled images. A split's features are read when they are first asked for, and kept.
 
-    train: Features
-    test: Features
+    Labels of both splits lie in 0..len(splits.classes)-1, or are multi-hot (N, C).
+    """
+
     splits: Splits
     subject: Subject
     folder: Path
     name: str
     device: torch.device
-    protocol: dict[str, Any]
-    notes: list[str]
+    about: dict[str, Any]
+    """The protocol, but for what is only known when images have been read."""
+    read_source: Callable[[Source, str, Sequence[FeatureSet]], list[Features]]
+    kept: dict[str, Features] = field(default_factory=dict)
+    counts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each split that was read: images, undecodable ones, seconds."""
+
+    @property
+    def train(self) -> Features:
+        """Features of the train split, of the first set."""
+        return self._first_set("train")
+
+    @property
+    def test(self) -> Features:
+        """Features of the test split, of the first set."""
+        return self._first_set("test")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know of the data."""
+        bad = [(split, int(counts["num_bad"])) for split, counts in self.counts.items()]
+        lost = [f"{number} images of {split} could not be decoded and are left out" for split, number in bad if number]
+        return self.splits.notes + lost
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How the numbers came about, so far."""
+        counts = {split: self.counts.get(split, {"num": 0, "num_bad": 0, "seconds": 0.0}) for split in SPLITS}
+        data = {
+            "num_train": counts["train"]["num"],
+            "num_test": counts["test"]["num"],
+            "num_undecodable": sum(each["num_bad"] for each in counts.values()),
+        }
+        dimensions = {"dimensions": self.kept["train"].features.shape[1]} if "train" in self.kept else {}
+        return {
+            **self.about,
+            "features": dimensions | self.about["features"],
+            "data": self.about["data"] | data,
+            "feature_seconds": round(sum(each["seconds"] for each in counts.values()), 2),
+            **environment(),
+        }
+
+    def read(self, split: str, sets: Sequence[FeatureSet]) -> list[Features]:
+        """Features of each set, from one pass over `train` or `test`. Only those of the first set alone are kept."""
+        if list(sets) == self.subject.sets[:1] and split in self.kept:
+            return [self.kept[split]]
+        began = time.perf_counter()
+        found = self.read_source(getattr(self.splits, split), split, sets)
+        if split == "test":
+            labels = self.splits.in_classes_of_train(found[0].labels)
+            found = [replace(each, labels=labels) for each in found]
+        seconds = self.counts.get(split, {}).get("seconds", 0.0) + time.perf_counter() - began
+        self.counts[split] = {"num": len(found[0].labels), "num_bad": found[0].num_bad, "seconds": seconds}
+        if list(sets) == self.subject.sets[:1]:
+            self.kept[split] = found[0]
+        return found
+
+    def _first_set(self, split: str) -> Features:
+        return self.read(split, self.subject.sets[:1])[0]
 
 
-def read_features(config: DictConfig, *, command: str) -> Judged:
-    """Load what `ckpt=` names and read the features of its data's train and test split, or of another `data=`.
+def read_features(config: DictConfig, *, command: str, multi_label: bool = False) -> Judged:
+    """What `ckpt=` names, on the train and test split of its data or of another `data=`.
 
-    Raises ValueError and OSError, with what to do, before the first image is read where the two do not go together.
+    `multi_label` tells whether the command can judge images of several classes. Raises ValueError and OSError, with
+    what to do, before the first image is read where the two do not go together.
     """
     ckpt = config.ckpt
     given = plain(config.data)
     device = choose_device(config.device.name)
     dtype = choose_dtype(config.precision.name, device)
     _check_model(config)
-    _check_pooling(config)
+    sets = wanted_sets(config)
 
     loaded = None if ckpt in BASELINES else load_backbone(ckpt)
     own = given["name"] == "checkpoint" and loaded is not None
     data = data_settings(given, loaded.config.get("data", {}) if loaded else None, subject=ckpt)
     seed = int(loaded.config.get("seed", 0)) if own and loaded else int(config.seed)  # the limit picks the run's images
-    splits = make_splits(data, own=own, seed=seed, command=command)
-    subject = make_subject(config, loaded, splits.train, data=data, device=device, dtype=dtype)
+    splits = make_splits(data, own=own, seed=seed, command=command, multi_label=multi_label)
+    subject = make_subject(config, loaded, splits.train, sets=sets, data=data)
     folder = open_folder(Path(config.out).expanduser() if config.out else subject.folder / "eval")
     other = "" if own or loaded is None else f"_{data['name']}"
-    if config.pooling != "model":
-        other += f"_{config.pooling}"
+    name = config.name or command.removeprefix("eval.") + other + variant(config)
 
-    began = time.perf_counter()
-    features = {}
-    for title, source in (("train", splits.train), ("test", splits.test)):
+    def read_source(source: Source, title: str, sets: Sequence[FeatureSet]) -> list[Features]:
         with make_loader(source, subject, data=data, config=config, device=device) as loader:
-            augment = Augment(loader.views, mean=subject.mean, std=subject.std).to(device)
-            features[title] = extract_features(
-                subject.extract, loader, augment, batch_size=config.batch_size, device=device, title=title
+            return extract_all(
+                subject.extract(sets, device=device, dtype=dtype),
+                loader,
+                Augment(loader.views, mean=subject.mean, std=subject.std).to(device),
+                batch_size=config.batch_size,
+                device=device,
+                title=title,
+                limit_gib=config.get("features_gib"),
             )
-    train, test = features["train"], features["test"]
-    test = Features(test.features, torch.from_numpy(splits.test_classes)[test.labels], test.index, test.num_bad)
-    notes = list(splits.notes)
-    for title, part in features.items():
-        if part.num_bad:
-            notes.append(f"{part.num_bad} images of {title} could not be decoded and are left out")
 
     view = centre_view(subject.image_size)
-    protocol = {
+    about = {
         "command": command,
         "subject": subject.title,
         **subject.identity,
         "features": {
-            "dimensions": train.features.shape[1],
+            "layer": subject.sets[0].layer,
             "precision": "fp32" if ckpt == "pixels" else dtype_name(dtype),
             "crop": view.crop,
             "crop_fraction": view.fraction,
@@ -116,19 +183,35 @@ def read_features(config: DictConfig, *, command: str) -> Judged:
             "train": splits.train.name,
             "test": splits.test.name,
             "test_split": splits.test_split,
-            "num_train": len(train.features),
-            "num_test": len(test.features),
-            "num_undecodable": train.num_bad + test.num_bad,
+            "multi_label": splits.multi_label,
             "num_classes": len(splits.classes),
             "classes": splits.classes,
         },
         "seed": config.seed,
         "device": str(device),
-        "feature_seconds": round(time.perf_counter() - began, 2),
-        **environment(),
     }
-    name = config.name or command.removeprefix("eval.") + other
-    return Judged(train, test, splits, subject, folder, name, device, protocol, notes)
+    return Judged(splits, subject, folder, name, device, about, read_source)
+
+
+def wanted_sets(config: DictConfig) -> list[FeatureSet]:
+    """The vectors that `layers=` and `pooling=` name; a command without `layers` reads the last layer."""
+    if config.ckpt == "pixels":
+        for key in ("layers", "pooling"):
+            if key in config and as_list(config[key]) not in (["last"], ["model"]):
+                raise ValueError(f"{key}={config[key]} has no effect with ckpt=pixels; leave it out")
+    return parse_sets(config.get("layers", "last"), config.pooling, grid_dim=config.get("grid_dim", GRID_DIM))
+
+
+def variant(config: DictConfig) -> str:
+    """What tells a JSON of other features, or of fewer labels, from that of the command's defaults."""
+    chosen = [as_list(config.get(key, usual)) for key, usual in (("layers", "last"), ("pooling", "model"))]
+    words = ["-".join(values) for values, usual in zip(chosen, ("last", "model")) if values != [usual]]
+    amount = config.get("train_amount")
+    if amount is not None:
+        words.append(
+            f"{amount}".replace(" ", "").replace("%", "percent") + ("" if "%" in str(amount) else "_per_class")
+        )
+    return "".join(f"_{word}" for word in words)
 
 
 def make_subject(
@@ -136,9 +219,8 @@ def make_subject(
     loaded: LoadedBackbone | None,
     train: Source,
     *,
+    sets: Sequence[FeatureSet],
     data: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> Subject:
     """The checkpoint's backbone, or the baseline that `ckpt=` names."""
     if loaded is not None:
@@ -152,7 +234,8 @@ def make_subject(
             "pretraining_seed": loaded.config.get("seed"),
         }
         return Subject(
-            extract=backbone_features(loaded.model, device=device, dtype=dtype, pooling=config.pooling),
+            model=loaded.model,
+            sets=resolve_sets(loaded.model, sets),
             image_size=loaded.spec.image_size,
             channels=loaded.spec.in_chans,
             mean=loaded.mean,
@@ -160,7 +243,7 @@ def make_subject(
             identity={
                 "checkpoint": checkpoint,
                 "backbone": loaded.spec.to_dict(),
-                "pooling": pooling(loaded.model, config.pooling),
+                "pooling": pooling(loaded.model, sets),
             },
             title=str(loaded.path),
             folder=loaded.run_dir,
@@ -172,7 +255,9 @@ def make_subject(
         size = (min(size[0], PIXEL_SIDE), min(size[1], PIXEL_SIDE))
         identity = {"checkpoint": None, "backbone": None, "pooling": None}
         folder = runs / f"pixels_{data['name']}"
-        return Subject(raw_pixels, size, channels, mean, std, identity, f"raw pixels {size[0]}x{size[1]}", folder)
+        return Subject(
+            None, [FeatureSet()], size, channels, mean, std, identity, f"raw pixels {size[0]}x{size[1]}", folder
+        )
     torch.manual_seed(config.seed)  # as ssl.pretrain does, so that this is where a run of the same seed starts
     model, spec = build_backbone(
         config.model.name,
@@ -184,12 +269,13 @@ def make_subject(
         model_args=plain(config.model.args),
     )
     return Subject(
-        extract=backbone_features(model, device=device, dtype=dtype, pooling=config.pooling),
+        model=model,
+        sets=resolve_sets(model, sets),
         image_size=size,
         channels=channels,
         mean=mean,
         std=std,
-        identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model, config.pooling)},
+        identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model, sets)},
         title=f"untrained {config.model.name}",
         folder=runs / f"random_{config.model.name}_{data['name']}" / f"seed{config.seed}",
     )
@@ -212,10 +298,10 @@ def make_loader(
     )
 
 
-def pooling(model: torch.nn.Module, chosen: str) -> str | None:
-    """`patches` where that was chosen, else how timm pools the last layer: `avg`, `token`..."""
-    if chosen != "model":
-        return chosen
+def pooling(model: nn.Module, sets: Sequence[FeatureSet]) -> str | None:
+    """How the last layer is pooled: what was chosen, for `model` what timm does (`avg`, `token`...)."""
+    if sets[0].pooling != "model":
+        return sets[0].pooling
     pool = getattr(model, "global_pool", None)
     return pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
 
@@ -234,8 +320,3 @@ def _check_model(config: DictConfig) -> None:
         raise ValueError(
             f"model= has no effect with ckpt={config.ckpt}, which brings its own; leave it out, or give ckpt=random"
         )
-
-
-def _check_pooling(config: DictConfig) -> None:
-    if config.ckpt == "pixels" and config.pooling != "model":
-        raise ValueError(f"pooling={config.pooling} has no effect with ckpt=pixels; leave it out")
