@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ssl.distributed as distributed
+from eval.bank import FeatureStore, close_gaps
 from eval.layers import GRID_DIM, ExtractSets, make_extract, parse_sets, resolve_sets
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
@@ -74,13 +76,21 @@ def extract_features(
     batch_size: int,
     device: torch.device,
     title: str = "features",
+    store: FeatureStore | None = None,
 ) -> Features:
-    """Run `extract` over every image of `loader`, whose only view is the central one.
+    """Run `extract` over every image of `loader`, whose only view is the central one; each rank over its share.
 
-    Raises ValueError where a feature is not finite: a backbone that has diverged has no accuracy.
+    Every rank gets the features of all, in memory or where `store` puts them. Raises ValueError where a feature is not
+    finite: a backbone that has diverged has no accuracy.
     """
     return extract_all(
-        lambda image: [extract(image)], loader, augment, batch_size=batch_size, device=device, title=title
+        lambda image: [extract(image)],
+        loader,
+        augment,
+        batch_size=batch_size,
+        device=device,
+        title=title,
+        store=store,
     )[0]
 
 
@@ -94,24 +104,35 @@ def extract_all(
     device: torch.device,
     title: str = "features",
     limit_gib: float | None = None,
+    store: FeatureStore | None = None,
 ) -> list[Features]:
     """`extract_features` for several vectors per image from one pass; labels and index are shared, not copied.
 
     Raises ValueError, after the first batch, where all features together take more than `limit_gib`.
     """
-    size = len(loader)
+    ranks = min(distributed.world_size(), len(loader))  # that have images: any others read what the first ones do
+    rank = distributed.rank() % ranks
+    first = len(loader) * rank // ranks
+    size = len(loader) * (rank + 1) // ranks - first  # of this rank
     kept: list[Tensor] = []
+    shared: list[Tensor | None] = []
     labels = torch.empty(size, *np.asarray(loader.source.labels).shape[1:], dtype=torch.int64)  # (N,) or (N, C)
     index = torch.empty(size, dtype=torch.int64)
     done = 0
-    for batch in _shown(loader.sequential(batch_size=batch_size), title=title, total=-(-size // batch_size)):
+    batches = loader.sequential(batch_size=batch_size, rank=rank, world_size=ranks)
+    for batch in _shown(batches, title=title, total=-(-size // batch_size)):
         batch = augment(to_device(batch, device))
         found = [features.float().cpu() for features in extract(batch["views"][0])]  # (B, D) each
         for features in found:
             _check_finite(features, batch["index"].cpu(), loader)
         if done == 0:
-            _check_memory([features.shape[1] for features in found], size, limit_gib)
-            kept = [torch.empty(size, features.shape[1]) for features in found]  # once: what is kept does not grow
+            dimensions = [features.shape[1] for features in found]
+            _check_memory(dimensions, len(loader), limit_gib)
+            shared = [store(len(loader), dim) if store else None for dim in dimensions]  # (N, D) each
+            kept = [  # once: what is kept does not grow
+                torch.empty(size, dim) if rows is None else rows[first : first + size]
+                for rows, dim in zip(shared, dimensions)
+            ]
         rows = slice(done, done + len(batch["index"]))
         labels[rows], index[rows] = batch["label"].cpu(), batch["index"].cpu()
         for features, into in zip(found, kept):
@@ -119,9 +140,13 @@ def extract_all(
         done = rows.stop
     # The loader shows another image in the place of one that it cannot decode; here that would count it twice.
     readable = torch.from_numpy(~np.isin(index.numpy(), list(loader.bad)))
-    if not readable.all():
-        kept, labels, index = [features[readable] for features in kept], labels[readable], index[readable]
-    return [Features(features, labels, index, num_bad=int((~readable).sum())) for features in kept]
+    own = readable if distributed.rank() < ranks else torch.zeros_like(readable)
+    labels, index = distributed.gather_rows(labels[own]), distributed.gather_rows(index[own])
+    kept = [
+        distributed.gather_rows(features if own.all() else features[own]) if rows is None else close_gaps(rows, index)
+        for features, rows in zip(kept, shared)
+    ]
+    return [Features(features, labels, index, num_bad=len(loader) - len(index)) for features in kept]
 
 
 def _check_finite(features: Tensor, index: Tensor, loader: Loader) -> None:
