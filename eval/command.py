@@ -68,8 +68,11 @@ def same_subject(config: DictConfig) -> str:
     return shlex.join(words if own in words else [own])  # called from Python nothing was typed
 
 
-def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command: str) -> None:
-    """The command line of `schema`. A missing `ckpt` ends it with exit code 2, another mistake with 1 and a message."""
+def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command: str, objective: str = "top1") -> None:
+    """The command line of `schema`; a sweep is told the metric `objective`.
+
+    A missing `ckpt` ends it with exit code 2, another mistake with 1 and a message.
+    """
     register(schema)
 
     def task(config: DictConfig) -> float:
@@ -77,6 +80,6 @@ def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
         check(config, schema)
-        return run(config)["metrics"]["top1"]
+        return run(config)["metrics"][objective]
 
     run_command(task, config_name=command.removeprefix("eval."))

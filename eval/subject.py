@@ -135,10 +135,9 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
     given = plain(config.data)
     device = choose_device(config.device.name)
     dtype = choose_dtype(config.precision.name, device)
-    _check_model(config)
     sets = wanted_sets(config)
 
-    loaded = None if ckpt in BASELINES else load_backbone(ckpt)
+    loaded = load(config)
     own = given["name"] == "checkpoint" and loaded is not None
     data = data_settings(given, loaded.config.get("data", {}) if loaded else None, subject=ckpt)
     seed = int(loaded.config.get("seed", 0)) if own and loaded else int(config.seed)  # the limit picks the run's images
@@ -191,6 +190,12 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
         "device": str(device),
     }
     return Judged(splits, subject, folder, name, device, about, read_source)
+
+
+def load(config: DictConfig) -> LoadedBackbone | None:
+    """The checkpoint that `ckpt=` names; None for a baseline. ValueError where `model=` does not go with it."""
+    _check_model(config)
+    return None if config.ckpt in BASELINES else load_backbone(config.ckpt)
 
 
 def wanted_sets(config: DictConfig) -> list[FeatureSet]:
