@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from ssl.data.threads import available_cores
 
@@ -37,8 +39,27 @@ def num_processes(device: str, devices: int | None) -> int:
     return devices or num_gpus
 
 
-def run_processes(count: int, words: Sequence[str]) -> int:
-    """Run `python -m ssl.pretrain <words>` on `count` processes and wait; returns the exit code.
+def launch(config: DictConfig, *, run: Callable[[], Any], module: str, out: Path) -> Any:
+    """What `run` returns, where one process is enough or a launcher has started several; else None, after the same
+    command has run in one process per device.
+
+    Raises ChildProcessError where that ended badly.
+    """
+    count = num_processes(config.trainer.device.name, config.trainer.devices)
+    if count == 1:
+        return run()
+    overrides = HydraConfig.get().overrides
+    words = [word for word in overrides.task if not word.startswith("out=")]
+    words += [word for word in overrides.hydra if word.startswith("hydra.searchpath")]
+    quoted = str(out).replace("'", "\\'")
+    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out='{quoted}'"], module=module)
+    if code:
+        raise ChildProcessError(f"the run on {count} processes ended with exit code {code}; what was saved is in {out}")
+    return None
+
+
+def run_processes(count: int, words: Sequence[str], *, module: str = "ssl.pretrain") -> int:
+    """Run `python -m <module> <words>` on `count` processes and wait; returns the exit code.
 
     Raises KeyboardInterrupt where a signal ended them.
 
@@ -50,7 +71,7 @@ def run_processes(count: int, words: Sequence[str]) -> int:
     # Seconds that torch elastic leaves the processes to save and stop; 30 may be less than a few large steps.
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    child = subprocess.Popen([*launcher, "-m", "ssl.pretrain", *words], env=environment)
+    child = subprocess.Popen([*launcher, "-m", module, *words], env=environment)
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:

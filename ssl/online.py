@@ -41,6 +41,8 @@ class OnlineSubject:
     seed: int
     step: int
     """Completed steps."""
+    last: bool
+    """Whether the run ends with this step."""
     epoch: float
     threads: int | None
     warn: Callable[[str], None]

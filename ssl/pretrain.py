@@ -10,12 +10,10 @@ import ssl.openmp  # before torch  # noqa: F401
 # isort: split
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import ssl.distributed as distributed
@@ -23,7 +21,7 @@ from ssl.command import choices, run_command, run_folder
 from ssl.config import PretrainConfig, build, check, check_trainer, locate, plain, register_schemas
 from ssl.data.image_size import choose_image_size
 from ssl.data.subset import limit
-from ssl.launch import hydra_flags, num_processes, run_processes
+from ssl.launch import launch
 from ssl.methods.base import Method
 from ssl.models.backbones import build_backbone
 from ssl.trainer import choose_dtype
@@ -105,18 +103,9 @@ def _task(config: DictConfig) -> dict[str, float]:
     chosen = choices()
     default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
     out = run_folder(default, config.out)
-    count = num_processes(config.trainer.device.name, config.trainer.devices)
-    if count == 1:
-        return run(config, out=out)
     check(config, PretrainConfig)
-    overrides = HydraConfig.get().overrides
-    words = [word for word in overrides.task if not word.startswith("out=")]
-    words += [word for word in overrides.hydra if word.startswith("hydra.searchpath")]
-    quoted = str(out).replace("'", "\\'")
-    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out='{quoted}'"])
-    if code:
-        raise ChildProcessError(f"the run on {count} processes ended with exit code {code}; what was saved is in {out}")
-    return {}
+    metrics = launch(config, run=lambda: run(config, out=out), module="ssl.pretrain", out=out)
+    return {} if metrics is None else metrics
 
 
 def _open_run_folder(out: Path) -> None:

@@ -150,13 +150,13 @@ def train(
     start_step, scaler_state = 0, {}
     if resumed is not None:
         state, optimizer_tensors = resumed
+        _load_evaluations(evaluations, state.get("evaluations", {}))
         if not config.accept_changes:
             same_images(state, source, out)
             if state.get("ended"):
                 raise StopRun(state["ended"])
         tensors_to_state(optimizer, optimizer_tensors)
         start_step, scaler_state = state["step"], state["scaler"]
-        _load_evaluations(evaluations, state.get("evaluations", {}))
         del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
     steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
     if len(set(steps)) > 1:
@@ -213,6 +213,7 @@ def train(
             dtype=dtype,
             seed=config.seed,
             step=step,
+            last=step == stop_step,
             epoch=step / steps_per_epoch,
             threads=config.loader.threads,
             warn=log.warning if main else lambda text: None,
