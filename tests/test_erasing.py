@@ -11,8 +11,9 @@ import torch
 from timm.data.random_erasing import RandomErasing
 
 from ssl.data.augment import Augment
-from ssl.data.erasing import erase_, normal_numbers
+from ssl.data.erasing import erase_
 from ssl.data.views import View, erase_box
+from ssl.device_noise import key_of, normal_numbers, uniform_numbers
 from ssl.randomness import uniforms
 
 
@@ -113,6 +114,18 @@ def test_noise_is_standard_normal_and_independent_between_keys_and_places():
         assert (theirs - torch.arange(1, 50_001) / 50_000).abs().max() < 1.95 / math.sqrt(50_000)
     correlation = torch.corrcoef(torch.cat([numbers[:, :-1], numbers[:, 1:]])) - torch.eye(8)
     assert correlation.abs().max() < 0.02
+
+
+def test_uniform_numbers_fill_the_range_and_follow_from_their_key():
+    keys = key_of(torch.from_numpy(uniforms(0, 0, np.arange(3), "key", 2)))
+    assert keys.unique().numel() == 3
+    numbers = uniform_numbers(keys[:, None], torch.arange(40_000))  # (3, 40000)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    for row in numbers:
+        counts, _ = np.histogram(row.numpy(), bins=20, range=(0, 1))
+        assert abs(counts / 40_000 - 0.05).max() < 0.005
+    assert torch.equal(uniform_numbers(keys[1], torch.tensor(7)), numbers[1, 7])
 
 
 def test_noise_is_a_function_of_the_image_the_epoch_and_the_seed():

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele et al. 2014) as signed numbers: torch's int64 wraps on every device.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-_SHIFTS = (30, 27, 31)
+from ssl.device_noise import normal_numbers
 
 
 def erase_(views: Tensor, box: np.ndarray, key: np.ndarray, *, mode: str) -> None:
@@ -38,20 +33,6 @@ def erase_(views: Tensor, box: np.ndarray, key: np.ndarray, *, mode: str) -> Non
         else:
             noise = views.new_zeros(())
         views[image, :, y, x] = noise.to(views.dtype)
-
-
-def normal_numbers(key: Tensor, place: Tensor) -> Tensor:
-    """A standard normal number, float32, for each `key` and `place`, int64 tensors that broadcast."""
-    word = _mixed(_mixed(key * _GOLDEN) + place * _GOLDEN)
-    first, second = ((word >> shift & 0xFFFFFF).to(torch.float32) * 2**-24 for shift in (40, 8))
-    return (-2 * torch.log(1 - first)).sqrt_() * torch.cos(second * (2 * math.pi))  # Box and Muller 1958
-
-
-def _mixed(word: Tensor) -> Tensor:
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1)):
-        # The shift must bring in zeros, torch's brings in the sign.
-        word = (word ^ (word >> shift & (1 << 64 - shift) - 1)) * multiplier
-    return word
 
 
 def _pixels(rows: np.ndarray, box: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
