@@ -110,6 +110,7 @@ def train(
         max_bad_fraction=images.max_bad_fraction,
         prefetch=config.loader.prefetch,
         pin_memory=device.type == "cuda",
+        fill=images.mean,
     )
     global_batch_size = settings.global_batch_size
     steps_per_epoch = loader.steps_per_epoch(global_batch_size)
