@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.head_file import Head, is_head, load_head
 from eval.layers import FeatureSet, make_extract, resolve_sets
@@ -60,7 +59,9 @@ def load_classifier(
     if folder is not None and _is_finetuned(folder):
         if backbone is not None:
             raise ValueError(f"backbone= has no effect: {path} is fine-tuned and brings its own; leave it out")
-        return _on(_load_finetuned(folder), device, dtype)
+        from eval.finetune import load_finetuned  # which names the dataclass of this file
+
+        return _on(load_finetuned(folder), device, dtype)
     if not heads:
         raise ValueError(f"ckpt={path} is a backbone and names no classes; predicting needs {ACCEPTED}")
     own = path / OWN_HEAD  # of the data that the run was made from; others bear the name of theirs
@@ -152,14 +153,9 @@ def _is_finetuned(folder: Path) -> bool:
         return False  # an export, or damaged: what reads it next says so
 
 
-def _load_finetuned(folder: Path) -> Any:
-    if importlib.util.find_spec("eval.finetune") is None:
-        raise ValueError(f"ckpt={folder} is fine-tuned, which this version cannot read; it takes {ACCEPTED}")
-    return importlib.import_module("eval.finetune").load_finetuned(folder)
-
-
-def _on(found: Any, device: torch.device, dtype: torch.dtype) -> Classifier:
+def _on(found: Classifier, device: torch.device, dtype: torch.dtype) -> Classifier:
     """A fine-tuned model in eval mode on its device, computing in `dtype`."""
+    assert isinstance(found.model, nn.Module)
     model = found.model.to(device).eval()
     channels_last = not is_token_model(model)
 
@@ -169,13 +165,4 @@ def _on(found: Any, device: torch.device, dtype: torch.dtype) -> Classifier:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(image).float()  # (B, C)
 
-    return Classifier(
-        model=logits,
-        classes=list(found.classes),
-        image_size=found.image_size,
-        mean=list(found.mean),
-        std=list(found.std),
-        channels=found.channels,
-        multi_label=found.multi_label,
-        title=getattr(found, "title", "") or "the fine-tuned model",
-    )
+    return replace(found, model=logits)

@@ -21,8 +21,7 @@ from eval.feature_files import META, FeatureFolder, Piece, Rows, plan_pieces
 from eval.images import find_images, read_views
 from eval.results import environment
 from eval.splits import data_settings
-from eval.subject import BASELINES, Subject, choose_device, make_subject, variant, wanted_sets
-from ssl.checkpoint import load_backbone
+from eval.subject import Subject, choose_device, load, make_subject, variant, wanted_sets
 from ssl.command import run_command
 from ssl.config import build, check, plain
 from ssl.data.augment import Augment
@@ -115,12 +114,8 @@ def run(config: DictConfig) -> dict[str, Any]:
 def _open(config: DictConfig) -> tuple[dict[str, Source], Subject, dict[str, Any], float]:
     """The images by split, what makes features of them, what the protocol says of the data, how many may be bad."""
     given = plain(config.data)
-    if config.ckpt != "random" and config.model is not None and config.ckpt in BASELINES:
-        raise ValueError(f"model= has no effect with ckpt={config.ckpt}; leave it out")
-    if config.ckpt == "random" and config.model is None:
-        raise ValueError("ckpt=random needs a backbone: give model=, such as ckpt=random model=resnet18")
     sets = wanted_sets(config)
-    loaded = None if config.ckpt in BASELINES else load_backbone(config.ckpt)
+    loaded = load(config)
     if config.images is not None:
         if loaded is None:
             raise ValueError(
