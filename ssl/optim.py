@@ -90,7 +90,10 @@ def _exempt_names(module: nn.Module, patterns: tuple[str, ...]) -> set[str]:
 
 
 def _backbone_layers(module: nn.Module) -> tuple[dict[str, int], int]:
-    """Layer number of each backbone parameter, and the number of layers, which is the heads' own number."""
+    """Layer number of each backbone parameter, and the number of layers, which is the heads' own number.
+
+    A classifier within the backbone is its last layer, with the last norm, as in BEiT's and MAE's fine-tuning.
+    """
     from timm.models import group_parameters
 
     backbone = getattr(module, "backbone", None)
@@ -101,7 +104,8 @@ def _backbone_layers(module: nn.Module) -> tuple[dict[str, int], int]:
             f"{type(backbone if backbone is not None else module).__name__}; set optim.layer_decay=null"
         )
     layers: Any = group_parameters(backbone, matcher(coarse=False), reverse=True)
-    return {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values()) + 1
+    has_classifier = getattr(backbone, "num_classes", 0) > 0
+    return {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values()) + (not has_classifier)
 
 
 def scaled_lr(base_lr: float, *, global_batch_size: int, scaling: str) -> float:
