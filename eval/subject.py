@@ -19,7 +19,7 @@ from eval.splits import Splits, data_settings, make_splits
 from ssl.checkpoint import LoadedBackbone, load_backbone
 from ssl.config import plain
 from ssl.data.augment import Augment
-from ssl.data.image_size import choose_image_size
+from ssl.data.image_size import as_size, choose_image_size
 from ssl.data.loader import Loader
 from ssl.data.sources import SPLITS, Source
 from ssl.models.backbones import build_backbone
@@ -44,6 +44,8 @@ class Subject:
     title: str
     folder: Path
     """Where its results lie."""
+    notes: list[str] = field(default_factory=list)
+    """What was inferred or resampled when it was loaded."""
 
     def extract(self, sets: Sequence[FeatureSet], *, device: torch.device, dtype: torch.dtype) -> ExtractSets:
         """The function from normalised images to a vector of each set."""
@@ -86,7 +88,7 @@ class Judged:
         """What a reader of the numbers must know of the data."""
         bad = [(split, int(counts["num_bad"])) for split, counts in self.counts.items()]
         lost = [f"{number} images of {split} could not be decoded and are left out" for split, number in bad if number]
-        return self.splits.notes + lost
+        return self.subject.notes + self.splits.notes + lost
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -193,9 +195,15 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
 
 
 def load(config: DictConfig) -> LoadedBackbone | None:
-    """The checkpoint that `ckpt=` names; None for a baseline. ValueError where `model=` does not go with it."""
+    """The checkpoint that `ckpt=` names, for images of `data.image_size` where that is given; None for a baseline.
+
+    Raises ValueError where `model=` does not go with it.
+    """
     _check_model(config)
-    return None if config.ckpt in BASELINES else load_backbone(config.ckpt)
+    if config.ckpt in BASELINES:
+        return None
+    data = plain(config.get("data")) or {}
+    return load_backbone(config.ckpt, model=plain(config.model), image_size=as_size(data.get("image_size")))
 
 
 def wanted_sets(config: DictConfig) -> list[FeatureSet]:
@@ -234,6 +242,7 @@ def make_subject(
             "sha256": loaded.hash,
             "step": loaded.step,
             "weights": loaded.weights,
+            "layout": loaded.layout,
             "method": str((loaded.config.get("method") or {}).get("_target_", "")).rpartition(".")[2] or None,
             "pretraining_data": (loaded.config.get("data") or {}).get("name"),
             "pretraining_seed": loaded.config.get("seed"),
@@ -252,6 +261,7 @@ def make_subject(
             },
             title=str(loaded.path),
             folder=loaded.run_dir,
+            notes=loaded.notes,
         )
     size = choose_image_size(data.get("image_size"), train)
     channels, mean, std = int(data["channels"]), list(data["mean"]), list(data["std"])
@@ -321,7 +331,5 @@ def choose_device(device: str) -> torch.device:
 def _check_model(config: DictConfig) -> None:
     if config.ckpt == "random" and config.model is None:
         raise ValueError("ckpt=random needs a backbone: give model=, such as ckpt=random model=resnet18")
-    if config.ckpt != "random" and config.model is not None:
-        raise ValueError(
-            f"model= has no effect with ckpt={config.ckpt}, which brings its own; leave it out, or give ckpt=random"
-        )
+    if config.ckpt == "pixels" and config.model is not None:
+        raise ValueError("model= has no effect with ckpt=pixels; leave it out, or give ckpt=random")

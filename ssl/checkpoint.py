@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,25 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ssl.foreign import SUFFIXES, read_foreign
+from ssl.hub import PREFIX, read_hub
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
-from ssl.tensor_files import load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
+from ssl.models.image_size import at_image_size
+from ssl.tensor_files import fingerprint, load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
+from ssl.timm_folder import timm_config
 
 FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
+FOLLOWS_FROM_WEIGHTS = ("img_size", "patch_size", "in_chans", "num_classes", "dynamic_img_size")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """timm's own classifier of a fine-tuned model: its tensors under timm's names, and what its outputs mean."""
+
+    classes: list[str]
+    multi_label: bool
+    tensors: dict[str, Tensor]
 
 
 @dataclass
@@ -42,7 +56,8 @@ class LoadedBackbone:
     model: nn.Module
     spec: BackboneSpec
     config: dict[str, Any]
-    step: int
+    step: int | None
+    """None where the file does not say."""
     hash: str
     path: Path
     mean: list[float]
@@ -50,6 +65,11 @@ class LoadedBackbone:
     run_dir: Path
     weights: str
     """`model`, or `ema` where the run kept a moving average: that is what is evaluated then."""
+    layout: str = "ssl"
+    """Whose checkpoint it is: `ssl` is ours, others are named in ssl/foreign.py."""
+    notes: list[str] = field(default_factory=list)
+    """What was inferred, resampled or left out, for people to read."""
+    classifier: Classifier | None = None
 
 
 def save(
@@ -83,7 +103,9 @@ def save(
         if ema is not None:
             save_tensors(ema, partial / "ema.safetensors")
         (partial / "run.yaml").write_text(config_yaml)
-        (partial / "config.json").write_text(json.dumps(timm_config(spec, mean=mean, std=std), indent=2) + "\n")
+        head = state.get("classifier") or {"classes": None, "multi_label": False}
+        config = timm_config(spec, mean=mean, std=std, classes=head["classes"], multi_label=head["multi_label"])
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         card = {
             "format": FORMAT,
@@ -225,28 +247,76 @@ def resume(
     return None
 
 
-def load_backbone(ckpt: str | Path) -> LoadedBackbone:
-    """The backbone of a run folder, a checkpoint or an export, in eval mode on the CPU.
+def load_backbone(
+    ckpt: str | Path, *, model: Mapping[str, Any] | None = None, image_size: tuple[int, int] | None = None
+) -> LoadedBackbone:
+    """The backbone that `ckpt` names, in eval mode on the CPU, without a classifier that it may have.
 
-    Raises ValueError where there is none, or where it is damaged, foreign, or has keys missing or left over.
+    `ckpt` is a run folder, a checkpoint in it, an export, a timm folder, a file of another project's weights, which
+    needs `model` (name, patch_size, stem, args), or `timm:<name>`. `image_size` (height, width) rebuilds the backbone
+    for images of another size. Raises ValueError where there is none, where it is damaged, where tensors are missing or
+    left over, and where `model` is given to one that brings its own.
     """
-    folder = find(ckpt)
-    if not (folder / "state.json").exists():
-        return _load_export(folder)
+    path = Path(ckpt).expanduser()
+    if str(ckpt).startswith(PREFIX) or _is_file_of_weights(path):
+        loaded = _load_foreign(str(ckpt), path, model=model, image_size=image_size)
+    elif model is not None:
+        raise ValueError(f"model= has no effect with ckpt={ckpt}, which brings its own; leave it out")
+    else:
+        folder = find(ckpt)
+        loaded = _load_checkpoint(folder) if (folder / "state.json").exists() else _load_export(folder)
+    if image_size is not None and tuple(image_size) != loaded.spec.image_size:
+        loaded.model, loaded.spec, done = at_image_size(loaded.model, loaded.spec, image_size)
+        loaded.notes.append(done)
+    return loaded
+
+
+def classifier_model(loaded: LoadedBackbone) -> nn.Module:
+    """timm's model with the classifier that was fine-tuned with it: images (B, C, H, W) to logits (B, classes).
+
+    Raises ValueError for a backbone that has none.
+    """
+    if loaded.classifier is None:
+        raise ValueError(f"{loaded.path} holds no classifier; fine-tune it with python -m eval.finetune")
+    model: Any = backbone_from_spec(loaded.spec)
+    model.reset_classifier(len(loaded.classifier.classes))
+    load_strictly(model, {**loaded.model.state_dict(), **loaded.classifier.tensors}, loaded.path)
+    return model.eval()
+
+
+def export(loaded: LoadedBackbone, out: Path) -> Path:
+    """Write a folder that timm loads with no trace of this package: model.safetensors and config.json.
+
+    A fine-tuned model takes its classifier with it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    head = loaded.classifier
+    save_tensors({**loaded.model.state_dict(), **(head.tensors if head else {})}, out / "model.safetensors")
+    card = timm_config(
+        loaded.spec,
+        mean=loaded.mean,
+        std=loaded.std,
+        classes=head.classes if head else None,
+        multi_label=bool(head and head.multi_label),
+    )
+    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+    return out
+
+
+def _load_checkpoint(folder: Path) -> LoadedBackbone:
     state = read_state(folder)
     verify(folder, state)
-    spec = BackboneSpec.from_dict(state["backbone"])
-    model = backbone_from_spec(spec)
     weights = "ema" if (folder / "ema.safetensors").exists() else "model"
     if weights == "ema":
         tensors, _ = _split_backbone(load_tensors(folder / "ema.safetensors"))
     else:
         tensors = load_tensors(folder / "model.safetensors")
-    load_strictly(model, tensors, folder)
+    spec = BackboneSpec.from_dict(state["backbone"])
+    model, classifier = _load_model(spec, tensors, state.get("classifier"), folder)
     config = OmegaConf.to_container(OmegaConf.create((folder / "run.yaml").read_text()))
     assert isinstance(config, dict)
     return LoadedBackbone(
-        model=model.eval(),
+        model=model,
         spec=spec,
         config={str(key): value for key, value in config.items()},
         step=state["step"],
@@ -256,49 +326,86 @@ def load_backbone(ckpt: str | Path) -> LoadedBackbone:
         std=state["std"],
         run_dir=folder.parent.parent,
         weights=weights,
+        classifier=classifier,
     )
 
 
-def export(loaded: LoadedBackbone, out: Path) -> Path:
-    """Write a folder that timm loads with no trace of this package: model.safetensors and config.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    save_tensors(loaded.model.state_dict(), out / "model.safetensors")
-    card = timm_config(loaded.spec, mean=loaded.mean, std=loaded.std)
-    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
-    return out
-
-
-def timm_config(spec: BackboneSpec, *, mean: list[float], std: list[float]) -> dict[str, Any]:
-    """config.json as timm's `local-dir:` reads it. `ssl_backbone` is ours: timm passes over it."""
-    height, width = spec.image_size
-    return {
-        "architecture": spec.architecture,
-        "num_classes": 0,
-        "model_args": {**spec.model_args, "in_chans": spec.in_chans},
-        "pretrained_cfg": {
-            "input_size": [spec.in_chans, height, width],
-            "mean": mean,
-            "std": std,
-            "interpolation": "bicubic",
-            "num_classes": 0,
-        },
-        "ssl_backbone": spec.to_dict(),
-    }
-
-
 def _load_export(folder: Path) -> LoadedBackbone:
+    """An export of ours, or a folder that timm has written."""
     try:
         card = json.loads((folder / "config.json").read_text())
-        spec = BackboneSpec.from_dict(card["ssl_backbone"])
         mean, std = list(card["pretrained_cfg"]["mean"]), list(card["pretrained_cfg"]["std"])
+        spec = BackboneSpec.from_dict(card["ssl_backbone"]) if "ssl_backbone" in card else None
+        name = str(card["architecture"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"ckpt={folder} is not an export of this toolkit: config.json says no backbone ({error!r})"
+            f"ckpt={folder} is not an export, nor a folder that timm has written: config.json says no backbone "
+            f"({error!r})"
         ) from error
+    path = folder / "model.safetensors"
+    digest = sha256(path)
+    if spec is None:
+        args = {key: value for key, value in card.get("model_args", {}).items() if key not in FOLLOWS_FROM_WEIGHTS}
+        height, width = card["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
+        found = read_foreign(path, model={"name": name, "args": args}, image_size=(height, width))
+        notes = [note for note in found.notes if "ImageNet" not in note]
+        return LoadedBackbone(
+            found.model, found.spec, {}, None, digest, folder, mean, std, folder, "model", "timm folder", notes
+        )
+    model, classifier = _load_model(spec, load_tensors(path), card.get("ssl_classifier"), folder)
+    return LoadedBackbone(
+        model, spec, {}, None, digest, folder, mean, std, folder, "model", "export", classifier=classifier
+    )
+
+
+def _load_foreign(
+    ckpt: str, path: Path, *, model: Mapping[str, Any] | None, image_size: tuple[int, int] | None
+) -> LoadedBackbone:
+    """A file of another project's weights, or timm's from its hub."""
+    if ckpt.startswith(PREFIX):
+        if model is not None:
+            raise ValueError(f"model= has no effect with ckpt={ckpt}, which names its own; leave it out")
+        found = read_hub(ckpt)
+        digest, path, name = fingerprint(found.model.state_dict()), Path(ckpt), ckpt.replace(":", "_")
+    else:
+        found = read_foreign(path, model=model, image_size=image_size)
+        digest, name = sha256(path), path.stem
+    return LoadedBackbone(
+        model=found.model,
+        spec=found.spec,
+        config={},
+        step=None,
+        hash=digest,
+        path=path,
+        mean=found.mean,
+        std=found.std,
+        run_dir=Path("runs") / name,
+        weights=found.weights,
+        layout=found.layout,
+        notes=found.notes,
+    )
+
+
+def _is_file_of_weights(path: Path) -> bool:
+    """Whether it is a file that stands for itself, and none of a checkpoint or an export of ours."""
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        return False
+    beside = path.with_name("state.json").exists()
+    return not beside and not (path.name == "model.safetensors" and path.with_name("config.json").exists())
+
+
+def _load_model(
+    spec: BackboneSpec, tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, folder: Path
+) -> tuple[nn.Module, Classifier | None]:
+    """The described backbone in eval mode with its tensors, and the classifier that `card` says they hold too."""
     model = backbone_from_spec(spec)
-    load_strictly(model, load_tensors(folder / "model.safetensors"), folder)
-    digest = sha256(folder / "model.safetensors")
-    return LoadedBackbone(model.eval(), spec, {}, 0, digest, folder, mean, std, folder, "model")
+    if card is None:
+        load_strictly(model, tensors, folder)
+        return model.eval(), None
+    own = model.state_dict()
+    head = {name: tensor for name, tensor in tensors.items() if name not in own}
+    load_strictly(model, {name: tensor for name, tensor in tensors.items() if name in own}, folder)
+    return model.eval(), Classifier(list(card["classes"]), bool(card["multi_label"]), head)
 
 
 def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

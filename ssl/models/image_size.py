@@ -18,7 +18,7 @@ def at_image_size(
 ) -> tuple[nn.Module, BackboneSpec, str]:
     """The backbone with the same weights for images of (height, width) pixels, its description, and what was done.
 
-    Position embeddings of a vision transformer are resampled, bicubic and antialiased, by timm; patches keep their size.
+    Position embeddings of a vision transformer are resampled by timm, bicubic and antialiased; patches keep their size.
     A convolutional backbone keeps every weight. Raises ValueError where the model does not fit the size, or has weights
     whose shapes follow it.
     """
