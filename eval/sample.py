@@ -22,6 +22,10 @@ MAX_BAD_FRACTION = 0.5
 """Of a sample: a few broken files among few images say little about the set, which the training's own limit guards."""
 
 
+class NotFiniteFeatures(ValueError):
+    """The backbone gives NaN or infinity."""
+
+
 class Copied:
     """All images of `source` as it reads them, encoded or not: the set that they were drawn from can be let go."""
 
@@ -56,7 +60,7 @@ def _read(source: Source, index: int) -> bytes | np.ndarray | Exception:
 
 @dataclass(frozen=True)
 class ViewFeatures:
-    """Features (N, V, D) float32 and labels (N,) on the CPU, in the sample's order without undecodable images."""
+    """Features (N, V, D) float32 and labels (N,), or multi-hot (N, C), in order without the undecodable images."""
 
     features: Tensor
     labels: Tensor
@@ -104,12 +108,12 @@ class Sample:
     def read(self, extract: Extract, *, batch_size: int, rank: int = 0, world_size: int = 1) -> ViewFeatures:
         """Features of every image in every view; `batch_size` is how many views the backbone takes at once.
 
-        Each rank reads its share, and all of them get the features of all. Raises ValueError where a feature is not
-        finite, or fewer than two images can be decoded.
+        Each rank reads its share, and all of them get the features of all. Raises NotFiniteFeatures, and ValueError
+        where fewer than two images can be decoded.
         """
         num_views = len(self.loader.views)
         # A rank without an image takes part in the gathering too, and has to know how wide a feature is.
-        features, labels = [self._nothing(extract)], [torch.empty(0, dtype=torch.int64)]
+        features, labels = [self._nothing(extract)], [torch.from_numpy(self.loader.source.labels[:0].astype(np.int64))]
         images = max(batch_size // num_views, 1)
         with self.loader:
             for batch in self.loader.sequential(batch_size=images, rank=rank, world_size=world_size):
@@ -121,7 +125,7 @@ class Sample:
                 labels.append(batch["label"].cpu()[readable])
         every = gather_rows(torch.cat(features))  # (N, V, D)
         if not torch.isfinite(every).all():
-            raise ValueError(
+            raise NotFiniteFeatures(
                 f"{int((~torch.isfinite(every)).flatten(1).any(1).sum())} of the {len(every)} images of "
                 f"{self.loader.source.name} have features that are not finite; the backbone has diverged. Judge an "
                 "earlier checkpoint, or give precision=fp32"

@@ -55,7 +55,7 @@ def rankme(features: Tensor) -> float:
 def alpha_req(features: Tensor) -> float | None:
     """The exponent of the power law by which the eigenvalues of the covariance of features (N, D) fall.
 
-    Agrawal et al. 2022 (NeurIPS, alpha-ReQ): about 1 is best; far above, few directions hold all the variance. Fitted to
+    Agrawal et al. 2022 (alpha-ReQ, NeurIPS): about 1 is best; far above, few directions hold all variance. Fitted to
     eigenvalues 4 to 100 with weights 1 / rank, as in the authors' code (the paper leaves both open), or as far as there
     are eigenvalues above rounding. None where fewer than three of those are left.
     """
@@ -78,9 +78,9 @@ def lidar(features_by_view: Tensor, *, delta: float = LIDAR_DELTA, epsilon: floa
     V views of N images.
 
     Thilak et al. 2023 (arXiv:2312.04000), equations 1 to 4: directions in which images differ count, relative to how
-    much views of one image differ there. Between 1 and min(N - 1, D); 0 where all images are alike. It takes more images
-    than dimensions to exhaust the rank. `delta` is added to the within-image covariance, in the features' own units.
-    Raises ValueError for fewer than two images or views.
+    much views of one image differ there. Between 1 and min(N - 1, D); 0 where all images are alike. It takes more
+    images than dimensions to exhaust the rank. `delta` is added to the within-image covariance, in the features' own
+    units. Raises ValueError for fewer than two images or views.
     """
     x = _checked(features_by_view, ndim=3)  # (N, V, D)
     num, views, _ = x.shape
