@@ -20,8 +20,8 @@ class FeatureStore:
     """Gives the tensors that features are written into: in memory up to `limit_gib`, beyond it mapped from `folder`.
 
     `limit_gib` None stands for half of the memory that is free, shared by the ranks of this machine. A file has no name
-    from the moment that every rank has opened it, so that it is gone when the command ends, however it ends. `mapped`
-    tells the size of the files made.
+    from the moment that every rank has opened it, so that it is gone when the command ends, however it ends. `notes`
+    tells of each.
     """
 
     def __init__(self, folder: Path, *, limit_gib: float | None = None) -> None:
@@ -29,7 +29,7 @@ class FeatureStore:
             raise ValueError(f"bank_gib must be 0 or more, or null for half of the free memory; got {limit_gib:g}")
         self.folder = folder
         self.limit_gib = limit_gib
-        self.mapped = 0
+        self.notes: list[str] = []
 
     def __call__(self, num: int, dim: int) -> Tensor | None:
         """A float32 tensor (num, dim), the same memory on every rank; None where each rank's own memory will do.
@@ -40,7 +40,9 @@ class FeatureStore:
         limit = free_bytes() * FREE_SHARE if self.limit_gib is None else self.limit_gib * 2**30
         if num_bytes <= float(distributed.gather_rows(torch.tensor([limit], dtype=torch.float64)).min()):
             return None
-        self.mapped += num_bytes
+        self.notes.append(
+            f"features of {num:,} images, {num_bytes / 2**30:.2f} GiB, lay in a memory-mapped file in {self.folder}"
+        )
         return map_file(self.folder, num, dim)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import ssl.distributed as distributed
 from eval.config import EvalConfig, register
 from eval.results import write_results
 from eval.subject import Judged, read_features
@@ -31,7 +32,8 @@ USAGE = """{command} needs ckpt=, what is judged:
 def judge(config: DictConfig, score: Score, *, command: str, next_command: str) -> dict[str, Any]:
     """Read features, score them, write `<out>/<name>.json` and print the outcome; returns what was written."""
     result = report(config, read_features(config, command=command), score)
-    print(f"next: {next_command} {same_subject(config)}", flush=True)
+    if distributed.is_main():
+        print(f"next: {next_command} {same_subject(config)}", flush=True)
     return result
 
 
@@ -46,6 +48,9 @@ def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
         "score_seconds": round(time.perf_counter() - began, 2),
     }
     path = judged.folder / f"{judged.name}.json"
+    result = {"metrics": metrics, "protocol": protocol, "path": str(path)}
+    if not distributed.is_main():
+        return result
     write_results(path, metrics=metrics, protocol=protocol)
     data = protocol["data"]
     top5 = f" (top-5 {metrics['top5']:.1%})" if "top5" in metrics else ""
@@ -56,7 +61,7 @@ def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
     for note in protocol["notes"]:
         print(f"note: {note}")
     print(f"written: {path}", flush=True)
-    return {"metrics": metrics, "protocol": protocol, "path": str(path)}
+    return result
 
 
 def same_subject(config: DictConfig) -> str:
@@ -80,6 +85,11 @@ def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
         check(config, schema)
-        return run(config)["metrics"][objective]
+        if distributed.world_size() == 1:
+            return run(config)["metrics"][objective]
+        distributed.start(config.device.name)
+        metrics = run(config)["metrics"]
+        distributed.stop()  # not after an error: the other ranks may wait in a collective for ever
+        return metrics[objective]
 
     run_command(task, config_name=command.removeprefix("eval."))

@@ -20,11 +20,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from eval import ROOT, knn, linear_probe
+from eval import ROOT, knn, linear_probe, neighbours
 from eval.command import report
 from eval.config import register
 from eval.demo_picture import Neighbours, draw
-from eval.neighbours import make_search, unit_length
+from eval.rows import Rows
 from eval.subject import Judged, read_features
 from ssl.config import CONF
 
@@ -124,8 +124,8 @@ def named(judged: Judged, name: str) -> Judged:
 
 def nearest(judged: Judged) -> Neighbours:
     """The first test images, not chosen ones, and the train images that are nearest to each."""
-    search, _ = make_search(unit_length(judged.train.features), index="auto", device=judged.device)
-    _, found = search(unit_length(judged.test.features[:NUM_QUERIES]), NUM_NEIGHBOURS)  # (Q, k)
+    rows = Rows(judged.train.features, "cosine", judged.device)
+    found = neighbours.nearest(rows, judged.test.features[:NUM_QUERIES], NUM_NEIGHBOURS, index="auto").place  # (Q, k)
     train, test, classes = judged.splits.train, judged.splits.test, judged.splits.classes
     queries = judged.test.index[:NUM_QUERIES].tolist()
     return Neighbours(

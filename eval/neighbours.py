@@ -1,105 +1,133 @@
-"""The exact nearest neighbours of features by cosine similarity, with a rule for ties."""
+"""The exact nearest neighbours of features, in an order that does not depend on what finds them.
+
+A scan names candidates by approximate closeness and says how far off it may be. The candidates are measured again in
+float64, rounded to fp32 and put in order: the closer first, of equally close ones the one that stands earlier in the
+bank. Where the scan's error leaves open whether one that it passed over belongs in, the query is measured against the
+whole bank. So faiss and torch, a CPU and a GPU, one process and many, a bank in memory and one on disk agree in every
+neighbour, duplicates included.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-FAISS_GPU_NEIGHBOURS = 2048  # what faiss can select on a GPU
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+from eval.rows import Rows
+from eval.scan import Candidates, Scan, make_scan, num_candidates
 
-
-def unit_length(features: Tensor) -> Tensor:
-    """Features (N, D) scaled to length 1 in fp32; a feature of zeros stays zero and is equally far from all."""
-    return functional.normalize(features.float(), dim=1)  # (N, D)
+TILE = 4096
+PAIR_VALUES = {"cpu": 2**19, "cuda": 2**25}  # what a step of `measure` makes in float64 stays in a core's cache
 
 
-def make_search(bank: Tensor, *, index: str, device: torch.device) -> tuple[Search, str]:
-    """The k nearest by inner product in `bank` (N, D), most similar first, and the name of what finds them."""
-    if index not in ("auto", "faiss", "torch"):
-        raise ValueError(f"index={index} is not known; allowed: auto, faiss, torch")
-    faiss = import_faiss() if index != "torch" else None
-    if faiss is None and index == "faiss":
-        raise ValueError("index=faiss, but faiss cannot be imported; install it or use index=torch (the same result)")
-    if faiss is None:
-        find, name = torch_search(bank, device), f"torch.topk on {device.type}"
-    else:
-        find, name = faiss_search(faiss, bank, device)
-    if index == "auto" and faiss is None:
-        name += " (faiss cannot be imported)"
+@dataclass(frozen=True)
+class Found:
+    """The k rows closest to each query, in order: closeness (M, k), place (M, k), both on the CPU; how they were found.
 
-    def search(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        # One more than asked: where it is as similar as the last, the border runs through a tie and the rule decides.
-        similarity, neighbour = find(queries, min(count + 1, len(bank)))
-        if similarity.shape[1] > count:
-            for row in (similarity[:, count - 1] == similarity[:, count]).nonzero()[:, 0].tolist():
-                similarity[row, :count], neighbour[row, :count] = nearest_in_order(bank @ queries[row], count)
-        return in_order(similarity[:, :count], neighbour[:, :count])
+    Closeness is the cosine similarity, or minus the squared distance. `num_open` queries were looked for twice.
+    """
 
-    return search, name
+    closeness: Tensor
+    place: Tensor
+    index: str
+    num_open: int
 
 
-def in_order(similarity: Tensor, neighbour: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbours (B, k) sorted by falling similarity, ties by their place in the bank."""
-    by_place = neighbour.argsort(dim=1)
-    order = by_place.gather(1, similarity.gather(1, by_place).argsort(dim=1, descending=True, stable=True))
-    return similarity.gather(1, order), neighbour.gather(1, order)
+def nearest(rows: Rows, queries: Tensor, count: int, *, index: str) -> Found:
+    """The `count` rows closest to each of `queries` (M, D); all rows where there are fewer.
+
+    `index` is `auto` (faiss where it can be imported), `faiss`, `torch` or `shortlist`. Raises ValueError for another.
+    """
+    scan, name = make_scan(index, rows.device)
+    count = min(count, len(rows))
+    if count == 0:
+        return Found(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64), name, 0)
+    closeness, place, num_open = _nearest(rows, rows.prepare(queries), count, index=index, scan=scan)
+    return Found(closeness.cpu(), place.cpu(), name, num_open)
 
 
-def nearest_in_order(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of (N,), of equal ones those that stand first."""
-    last = similarity.topk(count).values[-1]
-    above = (similarity > last).nonzero()[:, 0]
-    equal = (similarity == last).nonzero()[: count - len(above), 0]
-    chosen = torch.cat([above, equal])  # (k,)
-    return similarity[chosen], chosen
+def _nearest(rows: Rows, queries: Tensor, count: int, *, index: str, scan: Scan) -> tuple[Tensor, Tensor, int]:
+    found = scan(rows, queries, min(num_candidates(index, count), len(rows)))
+    closeness = measure(rows, queries, found.place, possible(found, count))  # (M, m)
+    closeness, place = merge(closeness, found.place, count)  # (M, k), (M, k)
+    if found.place.shape[1] == len(rows):
+        return closeness, place, 0
+    passed_over = found.closeness.amin(1) + found.error  # (M,): no row that is no candidate is closer than this
+    still_open = (passed_over >= closeness[:, -1]).nonzero()[:, 0]  # (O,)
+    if len(still_open) and index == "shortlist":
+        finer, _ = make_scan("auto", rows.device)
+        again = _nearest(rows, queries[still_open], count, index="auto", scan=finer)
+        closeness[still_open], place[still_open] = again[:2]
+    elif len(still_open):
+        again = exhaustive(rows, queries[still_open], count)  # (O, k)
+        every = torch.ones_like(again, dtype=torch.bool)
+        value = measure(rows, queries[still_open], again, every)  # (O, k)
+        closeness[still_open], place[still_open] = merge(value, again, count)
+    return closeness, place, len(still_open)
 
 
-def torch_search(bank: Tensor, device: torch.device) -> Search:
-    """Exact search by one matrix product and `topk`."""
-    bank = bank.to(device)
-
-    def find(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        similarity, neighbour = (queries.to(device) @ bank.T).topk(count, dim=1)  # (B, k)
-        return similarity.cpu(), neighbour.cpu()
-
-    return find
+def possible(found: Candidates, count: int) -> Tensor:
+    """Which candidates (M, m) may be among the `count` closest, for all that the scan's error tells."""
+    border = found.closeness.topk(count, dim=1).values[:, -1:] - found.error[:, None]  # (M, 1)
+    return found.closeness + found.error[:, None] >= border
 
 
-def faiss_search(faiss: Any, bank: Tensor, device: torch.device) -> tuple[Search, str]:
-    """faiss's flat inner-product index, on the GPU where `device` is one and this faiss can use it."""
-    flat = faiss.IndexFlatIP(bank.shape[1])
-    name = f"faiss {faiss.__version__} IndexFlatIP on cpu"
-    on_gpu = device.type == "cuda" and getattr(faiss, "get_num_gpus", int)() > 0
-    if on_gpu:
-        resources = faiss.StandardGpuResources()
-        flat = faiss.index_cpu_to_gpu(resources, device.index or 0, flat)
-        name = f"faiss {faiss.__version__} IndexFlatIP on cuda"
-    flat.add(as_rows(bank))
+def measure(rows: Rows, queries: Tensor, place: Tensor, wanted: Tensor) -> Tensor:
+    """Closeness (M, m) of prepared queries (M, D) to the rows at `place` where `wanted`, -inf elsewhere.
 
-    def find(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        if on_gpu and count > FAISS_GPU_NEIGHBOURS:
-            return torch_search(bank, device)(queries, count)
-        similarity, neighbour = flat.search(as_rows(queries), count)
-        return torch.from_numpy(similarity), torch.from_numpy(neighbour)
+    Taken in float64 and rounded to fp32, so that equal rows are equally close wherever they stand.
+    """
+    closeness = torch.full(place.shape, -torch.inf, device=rows.device)  # (M, m)
+    pair = wanted.flatten().nonzero()[:, 0]  # (W,)
+    pair = pair[place.flatten()[pair].argsort()]  # by place: the bank is read from its front to its end
+    places = place.flatten()[pair]  # (W,)
+    step = max(PAIR_VALUES[rows.device.type] // rows.dim, 1)
+    for first, block in rows.blocks():
+        start, stop = torch.searchsorted(places, places.new_tensor([first, first + len(block)])).tolist()
+        for some in range(start, stop, step):
+            chosen = slice(some, min(some + step, stop))
+            query = queries[pair[chosen] // place.shape[1]].double()  # (W, D)
+            row = block[places[chosen] - first].double()  # (W, D)
+            if rows.metric == "cosine":
+                value = query.mul_(row).sum(1)  # (W,)
+            else:
+                value = -query.sub_(row).square_().sum(1)  # (W,)
+            closeness.view(-1)[pair[chosen]] = value.float()
+    return closeness
 
-    return find, name
+
+def merge(closeness: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of neighbours (M, m) the `count` closest in order, equally close ones by their place: (M, k), (M, k)."""
+    by_place = place.argsort(dim=1)
+    order = by_place.gather(1, closeness.gather(1, by_place).argsort(dim=1, descending=True, stable=True))
+    order = order[:, :count]
+    return closeness.gather(1, order), place.gather(1, order)
 
 
-def as_rows(features: Tensor) -> np.ndarray:
-    """The C-contiguous fp32 numpy view that faiss reads."""
-    return np.ascontiguousarray(features.detach().cpu().numpy(), dtype=np.float32)
+def exhaustive(rows: Rows, queries: Tensor, count: int, *, chunk: int = 256) -> Tensor:
+    """The places (M, k) of the `count` rows closest to each prepared query (M, D), each measured in float64."""
+    best = torch.full((len(queries), count), -torch.inf, device=rows.device)  # (M, k)
+    place = torch.zeros(best.shape, dtype=torch.int64, device=rows.device)
+    for first, block in rows.blocks():
+        for tile in range(0, len(block), TILE):
+            some = block[tile : tile + TILE].double()  # (n, D)
+            number = torch.arange(first + tile, first + tile + len(some), device=rows.device)  # (n,)
+            for start in range(0, len(queries), chunk):
+                at = slice(start, start + chunk)
+                closeness = closeness_in_double(queries[at].double(), some, rows.metric)  # (B, n)
+                if not (closeness > best[at, -1:]).any():
+                    continue  # what comes later and is equally close stands behind
+                joined = torch.cat([best[at], closeness], 1)  # (B, k+n), by place where it is equally close
+                places = torch.cat([place[at], number.expand(len(closeness), -1)], 1)
+                order = joined.argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, k)
+                best[at], place[at] = joined.gather(1, order), places.gather(1, order)
+    return place
 
 
-def import_faiss() -> Any:
-    """faiss, or None where it cannot be imported. Late and after torch, because its wheel is built for another CUDA."""
-    try:
-        import faiss
-    except (ImportError, OSError):  # OSError: a shared library of the GPU wheel is missing
-        return None
-    return faiss
+def closeness_in_double(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
+    """Closeness of all pairs of (B, D) and (n, D), float64 rounded to fp32: (B, n)."""
+    if metric == "cosine":
+        return (queries @ rows.T).float()
+    # By differences: the expanded square would leave a rest where the distance is zero.
+    return -torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist").square().float()

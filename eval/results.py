@@ -13,7 +13,7 @@ import timm
 import torch
 
 from eval import ROOT
-from eval.neighbours import import_faiss
+from eval.scan import import_faiss
 
 
 def open_folder(folder: Path) -> Path:

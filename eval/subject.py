@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from eval.bank import FeatureStore
 from eval.extract import PIXEL_SIDE, Features, centre_view, extract_all, raw_pixels
 from eval.layers import GRID_DIM, ExtractSets, FeatureSet, as_list, make_extract, parse_sets, resolve_sets
 from eval.results import environment, open_folder
@@ -150,8 +151,9 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
     name = config.name or command.removeprefix("eval.") + other + variant(config)
 
     def read_source(source: Source, title: str, sets: Sequence[FeatureSet]) -> list[Features]:
+        store = FeatureStore(folder, limit_gib=config.bank_gib) if title == "train" and "bank_gib" in config else None
         with make_loader(source, subject, data=data, config=config, device=device) as loader:
-            return extract_all(
+            found = extract_all(
                 subject.extract(sets, device=device, dtype=dtype),
                 loader,
                 Augment(loader.views, mean=subject.mean, std=subject.std).to(device),
@@ -159,7 +161,10 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
                 device=device,
                 title=title,
                 limit_gib=config.get("features_gib"),
+                store=store,
             )
+        splits.notes.extend(store.notes if store else [])
+        return found
 
     view = centre_view(subject.image_size)
     about = {

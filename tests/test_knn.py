@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from eval.accuracy import rank_of_label
-from eval.knn import knn, log_votes
-from eval.neighbours import in_order, make_search, unit_length
+from eval.knn import knn, log_votes, log_weight
+from eval.neighbours import merge, nearest
+from eval.rows import Rows, unit_length
+
+INDEXES = ["faiss", "torch", "shortlist"]
 
 
 def reference(bank, bank_labels, queries, query_labels, *, k, temperature, num_classes) -> tuple[float, float]:
@@ -40,7 +43,7 @@ def made(num_bank: int, num_queries: int, num_classes: int, *, dim: int = 7, see
     return bank, bank_labels, queries, query_labels
 
 
-@pytest.mark.parametrize("index", ["faiss", "torch"])
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("num_classes", [2, 9])
 def test_equals_the_vote_written_as_loops(index, num_classes):
     data = made(83, 41, num_classes)
@@ -54,6 +57,7 @@ def test_equals_the_vote_written_as_loops(index, num_classes):
         else:
             assert "top5" not in row
     assert index in scores.index
+    assert ("recall" in scores.search) == (index == "shortlist")
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 17])
@@ -63,21 +67,21 @@ def test_any_number_of_queries_gives_the_same_answer_in_any_chunk(num_queries):
     assert rows[0] == rows[1] == rows[2]
 
 
-@pytest.mark.parametrize("index", ["faiss", "torch"])
+@pytest.mark.parametrize("index", INDEXES)
 def test_of_equally_similar_images_the_earlier_in_the_bank_is_nearer(index):
     bank = torch.tensor([[0.0, 1.0]] + [[1.0, 0.0]] * 30)
-    search, _ = make_search(bank, index=index, device=torch.device("cpu"))
+    rows = Rows(bank, "cosine", torch.device("cpu"))
     for count in (1, 4, 29, 30):
-        similarity, neighbour = search(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), count)
-        assert neighbour[0].tolist() == list(range(1, 1 + count))
-        assert neighbour[1].tolist() == list(range(count))
-        assert similarity[0].tolist() == [1.0] * count
+        found = nearest(rows, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), count, index=index)
+        assert found.place[0].tolist() == list(range(1, 1 + count))
+        assert found.place[1].tolist() == list(range(count))
+        assert found.closeness[0].tolist() == [1.0] * count
 
 
 def test_neighbours_are_sorted_by_similarity_then_place():
-    similarity, neighbour = in_order(torch.tensor([[0.5, 0.9, 0.5, 0.9]]), torch.tensor([[8, 7, 2, 3]]))
-    assert neighbour.tolist() == [[3, 7, 2, 8]]
-    assert torch.equal(similarity, torch.tensor([[0.9, 0.9, 0.5, 0.5]]))
+    closeness, place = merge(torch.tensor([[0.5, 0.9, 0.5, 0.9]]), torch.tensor([[8, 7, 2, 3]]), 3)
+    assert place.tolist() == [[3, 7, 2]]
+    assert torch.equal(closeness, torch.tensor([[0.9, 0.9, 0.5]]))
 
 
 def test_equal_votes_go_to_the_lower_class():
@@ -96,7 +100,8 @@ def test_a_class_without_a_vote_is_no_hit_even_in_the_top_five():
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e3])
 def test_votes_neither_overflow_nor_vanish_at_any_temperature(temperature):
     similarity = torch.tensor([[0.9, 0.5, -0.8]])
-    votes = log_votes(similarity, torch.tensor([[2, 0, 1]]), temperature, 4)
+    weight = log_weight(similarity, metric="cosine", vote="weighted", temperature=temperature)
+    votes = log_votes(weight, torch.tensor([[2, 0, 1]]), 4)
     assert votes[0, 3] == -torch.inf
     torch.testing.assert_close(
         votes[0, [2, 0, 1]], similarity[0].double() / temperature, rtol=1e-9, atol=0
@@ -152,8 +157,12 @@ def test_a_zero_feature_does_not_become_nan():
         ({"k": [0]}, "k must name"),
         ({"k": []}, "k must name"),
         ({"temperature": [0.0]}, "temperature must name"),
-        ({"metric": "manhattan"}, "allowed: cosine"),
-        ({"index": "annoy"}, "allowed: auto, faiss, torch"),
+        ({"temperature": []}, "temperature must name"),
+        ({"metric": "manhattan"}, "allowed: cosine, euclidean"),
+        ({"vote": "borda"}, "allowed: weighted, majority"),
+        ({"index": "annoy"}, "allowed: auto, faiss, torch, shortlist"),
+        ({"vote": "majority", "temperature": [0.1]}, "no effect with vote=majority"),
+        ({"metric": "euclidean", "temperature": [0.1]}, "no effect with metric=euclidean"),
         ({"num_classes": 2}, r"must lie in 0\.\.1"),
     ],
 )

@@ -1,0 +1,50 @@
+"""The rows of a bank as the metric wants them, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "euclidean")
+BLOCK_BYTES = 2**28  # of the bank that are held at once
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a bank (N, D), in memory or mapped from a file, as the metric wants them, block by block."""
+
+    bank: Tensor
+    metric: str
+    device: torch.device
+    mean: Tensor | None = None
+    """(1, D), subtracted first."""
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    @property
+    def dim(self) -> int:
+        return self.bank.shape[1]
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Features (N, D) in fp32 on the device, centred where asked, for cosine similarity of length 1."""
+        features = features.to(self.device, torch.float32)
+        if self.mean is not None:
+            features = features - self.mean.to(self.device)
+        return unit_length(features) if self.metric == "cosine" else features
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Prepared rows (n, D), each block with the place of its first."""
+        step = max(BLOCK_BYTES // (4 * self.dim), 1)
+        for first in range(0, len(self), step):
+            yield first, self.prepare(self.bank[first : first + step])
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Features (N, D) scaled to length 1 in fp32; a feature of zeros stays zero and is equally far from all."""
+    features = features.float()
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)  # (N, 1)
+    return features / norm.clamp_min(1e-12).float()  # (N, D)
