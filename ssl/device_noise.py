@@ -23,7 +23,7 @@ def key_of(uniform: Tensor) -> Tensor:
 
 
 def uniform_numbers(key: Tensor, place: Tensor) -> Tensor:
-    """A number in [0, 1), float32 and a multiple of 2**-24, for each `key` and `place`, int64 tensors that broadcast."""
+    """A multiple of 2**-24 in [0, 1), float32, for each `key` and `place`, int64 tensors that broadcast."""
     return _upper(_word(key, place), 40)
 
 
