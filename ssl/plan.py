@@ -13,8 +13,8 @@ from ssl.methods.base import Batch, Method
 def flops_per_image(method: Method, augment: nn.Module, batch: Batch) -> float:
     """Floating-point operations of one training step per image: forward, and backward at twice the forward.
 
-    Multiply-adds count as two. `batch` is a small one from the loader; statistics of normalisation layers are left
-    alone.
+    Multiply-adds count as two. A frozen backbone goes forward only, and what little the heads on it add does not count.
+    `batch` is a small one from the loader; statistics of normalisation layers are left alone.
     """
     was_training = method.training
     method.eval()
@@ -24,7 +24,8 @@ def flops_per_image(method: Method, augment: nn.Module, batch: Batch) -> float:
             method(views)
     finally:
         method.train(was_training)
-    return 3.0 * counter.get_total_flops() / len(batch["index"])
+    trained = any(parameter.requires_grad for parameter in method.backbone.parameters())
+    return (3.0 if trained else 1.0) * counter.get_total_flops() / len(batch["index"])
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,11 @@ from ssl.data.sources import Source, checksum
 
 FREE = (
     "out",
+    "name",
     "accept_changes",
+    "device",
+    "threads",
+    "batch_size",  # that of evaluations
     "wandb",
     "loader",
     "trainer.steps",
@@ -42,8 +46,8 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
 
     A setting that the run's version did not have yet counts as the default of `schema`.
     """
-    before, now = _flat(plain(OmegaConf.create((folder / "run.yaml").read_text()))), _flat(plain(config))
-    defaults = _flat(plain(OmegaConf.structured(schema)))
+    before, now = flat(plain(OmegaConf.create((folder / "run.yaml").read_text()))), flat(plain(config))
+    defaults = flat(plain(OmegaConf.structured(schema)))
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     free = tuple(key for key in FREE if key != "trainer.steps" or config.trainer.epochs is not None)
     changed = [
@@ -68,10 +72,10 @@ def same_images(state: Mapping[str, Any], source: Source, out: Path) -> None:
         )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
     if not isinstance(node, Mapping) or not node:
         return {prefix: node}
     return {
-        k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+        k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
     }

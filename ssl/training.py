@@ -71,15 +71,15 @@ def train(
     device: torch.device,
     dtype: torch.dtype,
     evaluations: Mapping[str, Evaluation],
-    next_command: str,
+    next_command: str | None,
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train `method` as `config`, a TrainingConfig and more, says, in the run folder `out`, from its last checkpoint if
     it has one; returns the last metrics.
 
-    `evaluations` are called every `trainer.eval_every_epochs`. `card` is stored in each checkpoint's state.json. Raises
-    ValueError for settings that do not go together and for a run of another recipe in `out`, StopRun where an
-    evaluation ended the run, now or before.
+    `evaluations` are called every `trainer.eval_every_epochs`. `card` is stored in each checkpoint's state.json.
+    `next_command` is printed at the end, None where the caller goes on. Raises ValueError for settings that do not go
+    together and for a run of another recipe in `out`, StopRun where an evaluation ended the run, now or before.
     """
     settings = config.trainer
     source, mean, std = images.source, images.mean, images.std
@@ -289,7 +289,8 @@ def train(
             trainer.fit(batches, start_step=start_step, stop_step=stop_step, global_batch_size=global_batch_size)
         if main:
             was = "was already complete" if start_step >= stop_step else "is complete"
-            print(f"the run {was} at step {max(start_step, stop_step)}: {out}\nnext: {next_command}", flush=True)
+            what_next = f"\nnext: {next_command}" if next_command else ""
+            print(f"the run {was} at step {max(start_step, stop_step)}: {out}{what_next}", flush=True)
     finally:
         tracker.close()
     return latest
@@ -384,7 +385,7 @@ def _ignored_note(source: Source) -> str:
 
 
 def _statistics_note(batch: BatchArithmetic, method: Method) -> str:
-    norms = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.training for part in method.modules())
     if batch.accumulation == 1 or not norms:
         return ""
     return f"; BatchNorm's statistics are those of each part of {batch.device_batch_size} images"
