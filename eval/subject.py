@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from ssl.models.backbones import build_backbone
 from ssl.trainer import choose_dtype, dtype_name
 
 BASELINES = ("random", "pixels")
+_shared: dict[str, tuple[dict[str, Features], dict[str, dict[str, float]]]] | None = None  # within features_shared()
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,21 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
         "seed": config.seed,
         "device": str(device),
     }
-    return Judged(splits, subject, folder, name, device, about, read_source)
+    read_by = [subject.identity, subject.title, about["features"], str(sets[0]), data, own, seed, splits.test_split]
+    key = json.dumps([*read_by, config.batch_size, str(device)], default=str)
+    kept, counts = ({}, {}) if _shared is None else _shared.setdefault(key, ({}, {}))
+    return Judged(splits, subject, folder, name, device, about, read_source, kept, counts)
+
+
+@contextlib.contextmanager
+def features_shared() -> Iterator[None]:
+    """Within it, evaluations of one subject on the same images read them once; after it, what was kept is let go."""
+    global _shared
+    outer, _shared = _shared, {}
+    try:
+        yield
+    finally:
+        _shared = outer
 
 
 def load(config: DictConfig) -> LoadedBackbone | None:
