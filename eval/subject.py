@@ -73,6 +73,8 @@ class Judged:
     about: dict[str, Any]
     """The protocol, but for what is only known when images have been read."""
     read_source: Callable[[Source, str, Sequence[FeatureSet]], list[Features]]
+    data: dict[str, Any]
+    """The settings of the data, without what nobody gave."""
     kept: dict[str, Features] = field(default_factory=dict)
     counts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each split that was read: images, undecodable ones, seconds."""
@@ -202,7 +204,7 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
     read_by = [subject.identity, subject.title, about["features"], str(sets[0]), data, own, seed, splits.test_split]
     key = json.dumps([*read_by, config.batch_size, str(device)], default=str)
     kept, counts = ({}, {}) if _shared is None else _shared.setdefault(key, ({}, {}))
-    return Judged(splits, subject, folder, name, device, about, read_source, kept, counts)
+    return Judged(splits, subject, folder, name, device, about, read_source, data, kept, counts)
 
 
 @contextlib.contextmanager
