@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from eval.collapse import ADVICE, signs_of_collapse
 from eval.command import same_subject, start
 from eval.config import EvalConfig
-from eval.extract import Extract, centre_view
+from eval.extract import centre_view
+from eval.layers import ExtractSets
 from eval.results import environment, open_folder, write_results
-from eval.sample import Sample
+from eval.sample import USUAL_VIEW, Sample, ViewFeatures
 from eval.spectra import FIT_FROM, FIT_TO, LIDAR_DELTA, LIDAR_EPSILON, RANKME_EPSILON, health, lidar
 from eval.splits import data_settings
 from eval.subject import Subject, choose_device, load, make_subject, variant, wanted_sets
@@ -29,8 +30,6 @@ from ssl.trainer import choose_dtype, dtype_name
 __all__ = ["HealthConfig", "health", "lidar", "run"]
 
 VIEW_IMAGES = 1000  # Thilak et al. 2023, section 5
-USUAL_VIEW = View(crop="random_resized", scale=(0.2, 1.0), flip=0.5)
-"""What LiDAR sees an image in, again and again, where no recipe is known: MAE's crop and flip."""
 
 
 @dataclass
@@ -66,11 +65,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     views, recipe = _views(config, loaded.config if loaded else {})
 
     began = time.perf_counter()
-    extract_sets = subject.extract(subject.sets, device=device, dtype=dtype)
-
-    def extract(image: torch.Tensor) -> torch.Tensor:
-        return extract_sets(image)[0]
-
+    extract = subject.extract(subject.sets, device=device, dtype=dtype)
     central = [centre_view(subject.image_size)]
     found = _read(limit(source, config.sample, seed=config.seed), central, extract, subject, config, device)
     features, num_bad = found.features[:, 0], found.num_bad  # (N, D)
@@ -171,11 +166,11 @@ def _views(config: DictConfig, trained: Mapping[str, Any]) -> tuple[list[View], 
 def _read(
     source: Source,
     views: list[View],
-    extract: Extract,
+    extract: ExtractSets,
     subject: Subject,
     config: DictConfig,
     device: torch.device,
-):
+) -> ViewFeatures:
     sample = Sample(
         source,
         views,

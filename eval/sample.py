@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.extract import Extract
+from eval.layers import ExtractSets
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.reader import UNREADABLE
@@ -20,6 +20,9 @@ from ssl.trainer import to_device
 
 MAX_BAD_FRACTION = 0.5
 """Of a sample: a few broken files among few images say little about the set, which the training's own limit guards."""
+
+USUAL_VIEW = View(crop="random_resized", scale=(0.2, 1.0), flip=0.5)
+"""What an image is seen in, again and again, where no recipe is known: MAE's crop and flip."""
 
 
 class NotFiniteFeatures(ValueError):
@@ -105,11 +108,11 @@ class Sample:
         return len(self.loader)
 
     @torch.no_grad()
-    def read(self, extract: Extract, *, batch_size: int, rank: int = 0, world_size: int = 1) -> ViewFeatures:
-        """Features of every image in every view; `batch_size` is how many views the backbone takes at once.
+    def read(self, extract: ExtractSets, *, batch_size: int, rank: int = 0, world_size: int = 1) -> ViewFeatures:
+        """Features of every image in every view, those of `extract`'s first set, `batch_size` views at once.
 
         Each rank reads its share, and all of them get the features of all. Raises NotFiniteFeatures, and ValueError
-        where fewer than two images can be decoded.
+        where no image can be decoded.
         """
         num_views = len(self.loader.views)
         # A rank without an image takes part in the gathering too, and has to know how wide a feature is.
@@ -119,7 +122,7 @@ class Sample:
             for batch in self.loader.sequential(batch_size=images, rank=rank, world_size=world_size):
                 views = self.augment(to_device(batch, self.device))["views"]
                 stacked = torch.stack(views, dim=1)  # (B, V, C, h, w)
-                found = extract(stacked.flatten(0, 1)).float().cpu().unflatten(0, (-1, num_views))  # (B, V, D)
+                found = extract(stacked.flatten(0, 1))[0].float().cpu().unflatten(0, (-1, num_views))  # (B, V, D)
                 readable = torch.from_numpy(~np.isin(batch["index"].numpy(), list(self.loader.bad)))  # (B,)
                 features.append(found[readable])
                 labels.append(batch["label"].cpu()[readable])
@@ -127,16 +130,13 @@ class Sample:
         if not torch.isfinite(every).all():
             raise NotFiniteFeatures(
                 f"{int((~torch.isfinite(every)).flatten(1).any(1).sum())} of the {len(every)} images of "
-                f"{self.loader.source.name} have features that are not finite; the backbone has diverged. Judge an "
-                "earlier checkpoint, or give precision=fp32"
+                f"{self.loader.source.name} have features that are not finite; the backbone has diverged: go back to "
+                "an earlier checkpoint, or compute in fp32"
             )
-        if len(every) < 2:
-            raise ValueError(
-                f"{len(every)} of the {len(self)} sampled images of {self.loader.source.name} can be decoded; at least "
-                "2 are needed"
-            )
+        if len(every) == 0:
+            raise ValueError(f"none of the {len(self)} sampled images of {self.loader.source.name} can be decoded")
         return ViewFeatures(every, gather_rows(torch.cat(labels)), num_bad=len(self) - len(every))
 
-    def _nothing(self, extract: Extract) -> Tensor:
+    def _nothing(self, extract: ExtractSets) -> Tensor:
         blank = torch.zeros(1, self.loader.channels, *self.loader.size, device=self.device)
-        return extract(blank).float().cpu()[:0, None].expand(0, len(self.loader.views), -1)  # (0, V, D)
+        return extract(blank)[0].float().cpu()[:0, None].expand(0, len(self.loader.views), -1)  # (0, V, D)
