@@ -83,9 +83,12 @@ def lidar(features_by_view: Tensor, *, delta: float = LIDAR_DELTA, epsilon: floa
     units. Raises ValueError for fewer than two images or views.
     """
     x = _checked(features_by_view, ndim=3)  # (N, V, D)
-    num, views, _ = x.shape
+    num, views, dimensions = x.shape
     if views < 2:
         raise ValueError(f"LiDAR compares views of the same image and needs two or more, got {views}; give views=10")
+    if num * views < dimensions:  # all differences lie in a space of that many dimensions: the rest adds nothing
+        centred = (x - x.mean(dim=(0, 1))).flatten(0, 1)  # (N*V, D)
+        x = (centred @ torch.linalg.qr(centred.T).Q).unflatten(0, (num, views))  # (N, V, N*V)
     mean = x.mean(dim=1)  # (N, D)
     between = (mean - mean.mean(dim=0)) / (num - 1) ** 0.5  # (N, D), whose product is the covariance between images
     within = (x - mean[:, None]).flatten(0, 1) / (num * (views - 1)) ** 0.5  # (N*V, D)
