@@ -31,8 +31,8 @@ class EvalDataConfig:
 class EvalConfig:
     """What every evaluation takes."""
 
-    ckpt: str | None = None  # a run folder, a checkpoint inside it, an export, `random` or `pixels`
-    model: ModelConfig | None = None  # with ckpt=random
+    ckpt: str | None = None  # a run folder, a checkpoint in it, an export, timm:<name>, a file, `random` or `pixels`
+    model: ModelConfig | None = None  # with ckpt=random, or a file of another project's weights
     data: EvalDataConfig = MISSING
     seed: int = 0
     device: Device = Device.auto

@@ -87,7 +87,7 @@ def _cached(settings: Any) -> dict[str, Any] | None:
 
 def _check_reachable(ckpt: str, name: str) -> None:
     """Raise ValueError, within seconds, where the hub cannot be reached."""
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
     if reason:
         raise ValueError(
             f"ckpt={ckpt} needs {constants.ENDPOINT}, and the weights are not in the cache {constants.HF_HUB_CACHE}: "
@@ -97,7 +97,8 @@ def _check_reachable(ckpt: str, name: str) -> None:
         )
 
 
-def _unreachable(endpoint: str) -> str | None:
+def unreachable(endpoint: str) -> str | None:
+    """Why an address does not answer within seconds; None where it does."""
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=SECONDS).close()

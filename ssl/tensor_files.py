@@ -20,6 +20,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         path,
         metadata={"format": "pt"},
     )
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
