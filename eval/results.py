@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 
 from eval import ROOT
 from eval.scan import import_faiss
+
+LIST_OF_NUMBERS = re.compile(r"\[\n[-+\d.,eE\s]+\]")
 
 
 def open_folder(folder: Path) -> Path:
@@ -28,9 +32,15 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def write_results(path: Path, *, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Write `{"metrics": ..., "protocol": ...}` whole or not at all."""
-    text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
+def write_results(
+    path: Path, *, metrics: dict[str, float], protocol: dict[str, Any], details: dict[str, Any] | None = None
+) -> None:
+    """Write `{"metrics": ..., "protocol": ...}`, and `details` where there are some, whole or not at all."""
+    more = {} if details is None else {"details": details}
+    text = json.dumps({"metrics": metrics, "protocol": protocol, **more}, indent=2, allow_nan=False)
+    text = LIST_OF_NUMBERS.sub(
+        lambda found: " ".join(found[0].split()), text
+    )  # a confusion matrix: a line for each row
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text + "\n")
@@ -41,9 +51,10 @@ def write_results(path: Path, *, metrics: dict[str, float], protocol: dict[str, 
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the commit of this code, and the processor."""
+    """Date and time (UTC), versions, the commit of this code, and the processor."""
     faiss = import_faiss()
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": {
             "python": platform.python_version(),

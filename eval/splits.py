@@ -16,7 +16,7 @@ from ssl.data.sources import UNLABELLED, NoTestSplit, Source
 from ssl.data.subset import Subset, limit, split_held_out
 
 TEST_FRACTION = 0.2
-OVERRIDABLE = ("limit", "max_bad_fraction", "in_memory_gib")
+OVERRIDABLE = ("limit", "image_size", "max_bad_fraction", "in_memory_gib")
 DEFAULTS = {"max_bad_fraction": 0.01, "in_memory_gib": 4.0, "channels": 3}
 
 

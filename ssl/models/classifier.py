@@ -44,9 +44,9 @@ def make_classifier(
     if pooling != "auto" and not isinstance(model, VisionTransformer):
         raise ValueError(f"pooling={pooling} is for vision transformers, got {spec.architecture}; set pooling=auto")
     model.reset_classifier(num_classes)
-    if dropout and not any(isinstance(part, nn.Dropout) and part.p == dropout for part in model.modules()):
-        if getattr(model, "drop_rate", 0.0) != dropout:  # some apply it by name, without a module
-            raise ValueError(f"dropout={dropout} has no effect on {spec.architecture}; set it to 0")
+    modules = any(isinstance(part, nn.Dropout) and part.p == dropout for part in model.modules())
+    if dropout and not modules and getattr(model, "drop_rate", 0.0) != dropout:  # some apply it without a module
+        raise ValueError(f"dropout={dropout} has no effect on {spec.architecture}; set it to 0")
     for name, parameter in model.named_parameters():
         if name in head_names(model):
             if parameter.ndim > 1:
@@ -61,6 +61,12 @@ def head_names(model: Any) -> set[str]:
     heads = model.get_classifier()
     own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def pooling_name(model: Any) -> str | None:
+    """How timm pools the last layer: `avg`, `token`, ...; None where it does not say."""
+    pool = getattr(model, "global_pool", None)
+    return pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
 
 
 def put_weights(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -95,11 +101,10 @@ def put_weights(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def freeze(model: Any, train: str | int) -> list[str]:
-    """Leave only the last part of a classifier to be trained: `all`, `head` (the classifier alone), or the number of last
-    stages with it (a ResNet's stages, a vision transformer's blocks, by timm's own coarse grouping); returns the names
-    that are frozen.
+    """Leave only the last part of a classifier to be trained; returns the names that are frozen.
 
-    Raises ValueError for a number that the model does not have.
+    `train` is `all`, `head` (the classifier alone), or a number of last stages with it: a ResNet's stages, a vision
+    transformer's blocks, by timm's own coarse grouping. Raises ValueError for a number that the model does not have.
     """
     if train == "all":
         return []
