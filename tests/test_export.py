@@ -155,8 +155,8 @@ def test_solo_learns_padded_stem_leaves_as_it_came(tmp_path):
     call(
         f"ckpt={tmp_path}/solo.ckpt",
         f"out={out}",
-        "model=resnet18",
-        "model.args={layers:[1,1,1,1],channels:[8,8,16,16]}",
+        "model=resnet10",
+        "model.args.channels=[8,8,16,16]",
     )
     assert_outputs(load_from(out), export.Pooled(backbone))
     assert_outputs(export.Pooled(checkpoint.load_backbone(out).model), export.Pooled(backbone))
