@@ -294,8 +294,8 @@ def suggest(config: DictConfig, overrides: list[str]) -> str | None:
         for depth, part in enumerate(parts):
             if not isinstance(node, DictConfig):
                 break
-            if part not in node:
-                keys = sorted(str(name) for name in node)
+            keys = sorted(str(name) for name in node)
+            if part not in keys:  # `in node` is false of a key whose value is missing
                 near = difflib.get_close_matches(part, keys, n=1)
                 where = ".".join(parts[:depth])
                 hint = f"did you mean {'.'.join([*parts[:depth], near[0]])}? " if near else ""
