@@ -18,7 +18,7 @@ from ssl.models.hidden import HiddenLayer, hidden_layers
 class FineTuning(Method):
     """The loss of timm's model with its classifier, against labels that may be smoothed and mixed.
 
-    `mixing` makes the targets and the loss. Parameters of `backbone` that require no gradient stay as they are, in eval
+    `mixing` makes the targets and the loss; in eval mode nothing is mixed. Parameters of `backbone` that require no gradient stay as they are, in eval
     mode. `std` is what the images were divided by, in units of 0..1.
     """
 
@@ -44,14 +44,19 @@ class FineTuning(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         image, label = batch["views"][0], batch["label"]
-        mixed = self.mixing(self._classify, image, label, batch["noise"], layers=self.layers, std=self.std)
+        if self.training:
+            mixed = self.mixing(
+                self._logits, image, label, batch["noise"], model=self.backbone, layers=self.layers, std=self.std
+            )
+        else:
+            mixed = Mixing.forward(self.mixing, self._logits, image, label, batch["noise"])
         outputs = {"loss": mixed.loss}
         if type(self.mixing) is Mixing and not self.mixing.multi_label:  # of unmixed images alone it says something
             outputs["accuracy"] = (mixed.logits.argmax(1) == label).float().mean().detach()
         return outputs
 
-    def _classify(self, image: Tensor) -> Tensor:
-        return self.backbone(image).float()  # (B, classes)
+    def _logits(self, image: Tensor) -> Tensor:
+        return self.backbone(image).float()  # (B, classes), in fp32 as losses of soft targets need them
 
 
 def describe(settings: Mapping[str, Any]) -> str:

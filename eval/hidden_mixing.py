@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from eval.mixing import BetaShare, Classify, Mixed, Mixing, box_mask, box_share, cut_box, mix
@@ -74,6 +74,7 @@ class ManifoldMixup(_HiddenMixing):
         labels: Tensor,
         noise: Tensor,
         *,
+        model: nn.Module | None = None,
         layers: Sequence[HiddenLayer] = (),
         std: Sequence[float] = (),
     ) -> Mixed:
@@ -142,6 +143,7 @@ class PatchUp(_HiddenMixing):
         labels: Tensor,
         noise: Tensor,
         *,
+        model: nn.Module | None = None,
         layers: Sequence[HiddenLayer] = (),
         std: Sequence[float] = (),
     ) -> Mixed:

@@ -54,13 +54,14 @@ class Mixing(nn.Module):
         labels: Tensor,
         noise: Tensor,
         *,
+        model: nn.Module | None = None,
         layers: Sequence[HiddenLayer] = (),
         std: Sequence[float] = (),
     ) -> Mixed:
         """The loss of normalised `images` (B, C, H, W), which `classify` turns into logits (B, classes).
 
-        `layers` are the backbone's hidden layers, which `classify` runs through, and `std` is what the images were
-        divided by, in units of 0..1, for those ways that look at either.
+        Some ways need more: `model`, the module that `classify` runs, its hidden `layers`, and `std` (C,), what the
+        images were divided by, in units of 0..1.
         """
         targets = self.soft_targets(labels)
         logits = classify(images)
@@ -128,6 +129,7 @@ class InputMixing(Mixing):
         labels: Tensor,
         noise: Tensor,
         *,
+        model: nn.Module | None = None,
         layers: Sequence[HiddenLayer] = (),
         std: Sequence[float] = (),
     ) -> Mixed:

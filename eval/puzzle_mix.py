@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -71,14 +71,15 @@ class PuzzleMix(Mixing):
         labels: Tensor,
         noise: Tensor,
         *,
+        model: nn.Module | None = None,
         layers: Sequence[HiddenLayer] = (),
         std: Sequence[float] = (),
     ) -> Mixed:
-        """As Mixing's; `std` is needed, and `classify` must be a module, which is put in eval mode for the saliency."""
-        if not isinstance(classify, nn.Module) or len(std) != images.shape[1]:
-            raise ValueError("PuzzleMix needs the classifier as a module, and the std of each of the images' channels")
+        """As Mixing's; `std` is needed, and `model`, which is in eval mode while the saliency is found."""
+        if model is None or len(std) != images.shape[1]:
+            raise ValueError("PuzzleMix needs the model that classifies, and the std of each of the images' channels")
         targets = self.soft_targets(labels)
-        salient = saliency(classify, images, lambda logits: self.loss(logits, targets))
+        salient = saliency(model, images, lambda values: self.loss(classify(values), targets))
         blocks, share = noise[0, :1].item(), self.share(noise[:1, 1]).item()
         allowed = fitting_blocks((images.shape[2], images.shape[3]))
         mixed, own = self.mix(images, salient, std=std, num_blocks=allowed[int(blocks * len(allowed))], share=share)
@@ -117,18 +118,19 @@ class PuzzleMix(Mixing):
         return pixels * images + (1 - pixels) * other, mask.mean((1, 2))
 
 
-def saliency(classify: nn.Module, images: Tensor, loss: Classify) -> Tensor:
-    """The size of the loss's gradient at each pixel, (B, H, W), by a pass in eval mode that leaves no trace.
+def saliency(model: nn.Module, images: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """How strongly each pixel moves the loss, (B, H, W): the gradient's root mean square over the channels.
 
-    The gradient goes to the images alone: parameters, their gradients and running statistics stay as they are.
+    `loss` is the mean over images (B, C, H, W), and runs `model`, which is in eval mode meanwhile. The gradient goes to
+    the images alone: parameters, their gradients and running statistics stay as they are.
     """
-    training = [module for module in classify.modules() if module.training]
-    classify.eval()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         with torch.enable_grad():
             images = images.detach().requires_grad_()
             # The sum over the images: of the mean, half precision could lose the gradients of a large batch.
-            (gradient,) = torch.autograd.grad(loss(classify(images)) * len(images), images)
+            (gradient,) = torch.autograd.grad(loss(images) * len(images), images)
     finally:
         for module in training:
             module.training = True
