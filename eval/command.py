@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -20,18 +20,25 @@ from ssl.command import run_command
 from ssl.config import check
 
 Score = Callable[[DictConfig, Judged], tuple[dict[str, float], dict[str, Any], str]]
-"""From features to (metrics, settings for the protocol, how it is called in the printed line)."""
+"""From what is judged to (metrics, settings for the protocol, how it is called in the printed line).
+
+Settings may hold `details`, which stand beside the protocol in the JSON.
+"""
 
 USAGE = """{command} needs ckpt=, what is judged:
   python -m {command} ckpt=runs/<run>              the last checkpoint of a run
   python -m {command} ckpt=runs/<run>/checkpoints/step_00001000
+  python -m {command} ckpt=timm:resnet50.a1_in1k data=<name>        weights of timm's hub
+  python -m {command} ckpt=mae.pth model=vit_b data=<name>          a file of mae, mmselfsup, solo-learn, timm
   python -m {command} ckpt=random model=resnet18   an untrained backbone
   python -m {command} ckpt=pixels                  no backbone"""
 
 
-def judge(config: DictConfig, score: Score, *, command: str, next_command: str) -> dict[str, Any]:
-    """Read features, score them, write `<out>/<name>.json` and print the outcome; returns what was written."""
-    result = report(config, read_features(config, command=command), score)
+def judge(
+    config: DictConfig, score: Score, *, command: str, next_command: str, multi_label: bool = False
+) -> dict[str, Any]:
+    """Score what is judged, write `<out>/<name>.json` and print the outcome; returns what was written."""
+    result = report(config, read_features(config, command=command, multi_label=multi_label), score)
     if distributed.is_main():
         print(f"next: {next_command} {same_subject(config)}", flush=True)
     return result
@@ -39,29 +46,40 @@ def judge(config: DictConfig, score: Score, *, command: str, next_command: str) 
 
 def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
     """Score features that have been read, write the JSON and print the outcome; returns what was written."""
-    began = time.perf_counter()
+    began, read_before = time.perf_counter(), judged.feature_seconds
     metrics, settings, how = score(config, judged)
+    details = settings.pop("details", None)
+    wall_seconds = time.perf_counter() - began
+    read_here = judged.feature_seconds - read_before
     protocol = {
         **judged.protocol,
         **settings,
         "notes": judged.notes + settings.get("notes", []),
-        "score_seconds": round(time.perf_counter() - began, 2),
+        "score_seconds": round(wall_seconds - read_here, 2),
+        "wall_seconds": round(wall_seconds, 2),
     }
     path = judged.folder / f"{judged.name}.json"
     result = {"metrics": metrics, "protocol": protocol, "path": str(path)}
     if not distributed.is_main():
         return result
-    write_results(path, metrics=metrics, protocol=protocol)
+    write_results(path, metrics=metrics, protocol=protocol, details=details)
     data = protocol["data"]
-    top5 = f" (top-5 {metrics['top5']:.1%})" if "top5" in metrics else ""
     print(
-        f"{how}: top-1 {metrics['top1']:.1%}{top5} of {data['num_test']:,} test images, {data['num_classes']} classes, "
+        f"{how}: {in_words(metrics)} of {data['num_test']:,} test images, {data['num_classes']} classes, "
         f"from {data['num_train']:,} of train; {data['name']}, {judged.subject.title}"
     )
     for note in protocol["notes"]:
         print(f"note: {note}")
     print(f"written: {path}", flush=True)
     return result
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """The headline metrics as a person reads them: `top-1 61.2% +- 0.4 (top-5 90.1%)`, or mAP."""
+    name = "top1" if "top1" in metrics else "map"
+    spread = f" +- {100 * metrics[f'{name}_std']:.1f}" if f"{name}_std" in metrics else ""
+    top5 = f" (top-5 {metrics['top5']:.1%})" if "top5" in metrics else ""
+    return f"{'top-1' if name == 'top1' else 'mAP'} {metrics[name]:.1%}{spread}{top5}"
 
 
 def same_subject(config: DictConfig) -> str:
@@ -74,7 +92,7 @@ def same_subject(config: DictConfig) -> str:
 
 
 def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command: str, objective: str = "top1") -> None:
-    """The command line of `schema`; a sweep is told the metric `objective`.
+    """The command line of `schema`; a sweep is told the metric `objective`, of a multi-label set `map`.
 
     A missing `ckpt` ends it with exit code 2, another mistake with 1 and a message.
     """
@@ -86,7 +104,8 @@ def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command:
             raise SystemExit(2)
         check(config, schema)
         if distributed.world_size() == 1:
-            return run(config)["metrics"][objective]
+            metrics = run(config)["metrics"]
+        return metrics["map" if objective == "top1" and "map" in metrics else objective]
         distributed.start(config.device.name)
         metrics = run(config)["metrics"]
         distributed.stop()  # not after an error: the other ranks may wait in a collective for ever

@@ -2,196 +2,255 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+import ssl.distributed as distributed
 from eval.command import judge, start
-from eval.config import EvalConfig
-from eval.heads import Standardizer, choose, score_heads, train_heads
+from eval.extract import Features
+from eval.head_file import fold, save_head
+from eval.layers import GRID_DIM
+from eval.low_shot import draw
+from eval.probe import WEIGHT_DECAY, Grid, Selection, check_labels, hold_out, select
+from eval.probe_protocol import ProtocolConfig, check_cached
+from eval.scores import details, headline
 from eval.subject import Judged
-from ssl.data.subset import split_held_out
+from ssl.config import plain
+from ssl.data.subset import ranks_by_class
 
-LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-WEIGHT_DECAY = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a few images per class want the largest
+DRAWS = 5
 
 
 @dataclass
-class LinearProbeConfig(EvalConfig):
-    """What `python -m eval.linear_probe` takes."""
+class LinearProbeConfig(ProtocolConfig):
+    """What `python -m eval.linear_probe` takes; null is what its yaml says it is."""
 
-    lr: list[float] = field(default_factory=list)
-    weight_decay: list[float] = field(default_factory=list)
-    held_out: float = 0.1
-    steps: int = 2000
-    probe_batch_size: int = 512
+    grid_dim: int = GRID_DIM
+    features_gib: float = 8.0
+    batchnorm: list[bool] | None = None
+    solver: str = "sgd"
+    lr: list[float] | None = None
+    weight_decay: list[float] | None = None
+    steps: int | None = None
+    probe_batch_size: int | None = None
+    held_out: float | None = None
+    folds: int | None = None
     retrain: bool = True
+    train_amount: Any = None
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Test accuracy of the head that the held-out slice chose, as fractions, and the whole grid on that slice."""
+class Draw:
+    """What was chosen from `num_train` images of train; all of them, or a few of each class drawn by `seed`."""
 
-    metrics: dict[str, float]
-    choice: dict[str, Any]
-    grid: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-
-
-def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    held_out: Tensor,
-    num_classes: int,
-    lr: Sequence[float] = LR,
-    weight_decay: Sequence[float] = WEIGHT_DECAY,
-    steps: int = 2000,
-    batch_size: int = 512,
-    retrain: bool = True,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> Probe:
-    """Train a grid of linear heads on features (N, D), choose one on the held-out rows, report it on test.
-
-    `held_out` (h,) are rows of train that no head of the grid sees. With `retrain` the chosen setting is trained once
-    more on all of train before it meets the test split (as Kornblith et al. 2019, appendix A.4); without, the chosen
-    head itself is reported. Features are standardised with the statistics of the rows trained on. Raises ValueError on
-    what cannot be probed.
-    """
-    _check(train, train_labels, test, test_labels, held_out=held_out, num_classes=num_classes)
-    if not lr or not weight_decay or min(lr) <= 0 or min(weight_decay) < 0:
-        raise ValueError(
-            f"lr needs numbers above 0, weight_decay none below 0; got {list(lr)} and {list(weight_decay)}"
-        )
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be 1 or more; got {steps} and {batch_size}")
-    notes = []
-    grid = [(a, b) for a in lr for b in weight_decay]
-    fitted = torch.ones(len(train), dtype=torch.bool)
-    fitted[held_out] = False
-    setting = {"num_classes": num_classes, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
-
-    standardize = Standardizer.fit(train[fitted])
-    heads = train_heads(
-        standardize(train[fitted]),
-        train_labels[fitted],
-        lr=[a for a, _ in grid],
-        weight_decay=[b for _, b in grid],
-        **setting,
-    )
-    scores = score_heads(heads, standardize(train[held_out]), train_labels[held_out])
-    best = choose(scores, num_images=len(held_out))
-    chosen_lr, chosen_decay = grid[best]
-    choice = {"lr": chosen_lr, "weight_decay": chosen_decay, "held_out_top1": scores.top1[best].item()}
-    if len(lr) > 1 and chosen_lr in (min(lr), max(lr)):
-        notes.append(
-            f"the chosen lr={chosen_lr:g} lies at the edge of the grid {list(lr)}; a wider one may score higher"
-        )
-    diverged = int((~scores.finite).sum())
-    if diverged:
-        notes.append(f"{diverged} of the {len(grid)} heads diverged; the others are not affected")
-
-    head = heads.only(best)
-    if retrain:
-        restandardize = Standardizer.fit(train)
-        again = train_heads(restandardize(train), train_labels, lr=[chosen_lr], weight_decay=[chosen_decay], **setting)
-        if torch.isfinite(again.weight).all():
-            head, standardize = again, restandardize
-        else:
-            notes.append("the chosen head diverged when retrained on all of train; the one from the grid is reported")
-    result = score_heads(head, standardize(test), test_labels)
-    metrics = {"top1": result.top1[0].item()}
-    if num_classes > 5:
-        metrics["top5"] = result.top5[0].item()
-    return Probe(metrics, choice, _table(grid, scores), notes)
-
-
-def _table(grid: list[tuple[float, float]], scores: Any) -> list[dict[str, Any]]:
-    """The whole grid on the held-out slice; null for a head that diverged, as JSON has no NaN."""
-    rows = []
-    for head, (lr, weight_decay) in enumerate(grid):
-        finite = bool(scores.finite[head])
-        rows.append(
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "held_out_top1": scores.top1[head].item() if finite else None,
-                "held_out_loss": scores.loss[head].item() if finite else None,
-            }
-        )
-    return rows
-
-
-def _check(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, held_out: Tensor, num_classes: int
-) -> None:
-    for what, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if features.ndim != 2 or len(features) == 0 or len(labels) != len(features):
-            raise ValueError(
-                f"{what} must be features (images, dimensions), at least one, with a label each; "
-                f"got {tuple(features.shape)} and {len(labels)} labels"
-            )
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"labels of {what} must lie in 0..{num_classes - 1}; got {int(labels.min())}..{int(labels.max())}"
-            )
-        if not torch.isfinite(features).all():
-            raise ValueError(f"the features of {what} are not all finite; the backbone has diverged")
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(f"the features of train have {train.shape[1]} dimensions, those of test {test.shape[1]}")
-    if len(held_out) == 0 or len(held_out) >= len(train):
-        raise ValueError(
-            "a linear probe needs images to train on and images held out to choose by; "
-            f"got {len(train)} in train of which {len(held_out)} are held out. Give more labelled images"
-        )
-    if len(torch.unique(train_labels)) < 2:
-        raise ValueError("a linear probe needs two classes or more in train, got one")
+    seed: int
+    num_train: int
+    num_held_out: int
+    num_groups: int
+    selection: Selection
 
 
 def score(config: DictConfig, judged: Judged) -> tuple[dict[str, float], dict[str, Any], str]:
-    """A linear probe of the test features, trained and chosen on the train features, as `config` says."""
-    _, held_out = split_held_out(judged.train.labels.numpy(), config.held_out, config.seed)
-    probe = linear_probe(
-        judged.train.features,
-        judged.train.labels,
-        judged.test.features,
-        judged.test.labels,
-        held_out=torch.from_numpy(held_out),
-        num_classes=len(judged.splits.classes),
-        lr=list(config.lr),
-        weight_decay=list(config.weight_decay),
-        steps=config.steps,
-        batch_size=config.probe_batch_size,
-        retrain=config.retrain,
-        seed=config.seed,
-        device=judged.device,
-    )
-    settings = {
-        "head": "linear with bias, on features standardised by train (BatchNorm without affine)",
-        "optimizer": "SGD, momentum 0.9, cosine to zero, cross-entropy, no augmentation",
+    """A linear probe, as `config` says: trained and chosen on train; test is then read, once, for what was chosen."""
+    grid, sets, splits = make_grid(config), judged.subject.sets, judged.splits
+    train = judged.read("train", sets)
+    labels, dimensions = train[0].labels, [each.features.shape[1] for each in train]
+    draws = [choose_on(config, judged, train, grid, seed, rows) for seed, rows in draw_rows(config, labels)]
+    del train  # before the features of test take their place
+
+    places = sorted({each.selection.place for each in draws})
+    test = dict(zip(places, judged.read("test", [sets[place] for place in places])))
+    truth = test[places[0]].labels
+    check_labels("test", truth, num_classes=len(splits.classes))
+    logits = [each.selection.logits(test[each.selection.place].features) for each in draws]  # (M, C) each
+    metrics = [headline(each, truth, multi_label=splits.multi_label) for each in logits]
+    by_class = [details(each, truth, splits.classes, multi_label=splits.multi_label) for each in logits]
+    settings = describe(config, grid, judged, dimensions) | outcome(config, draws, metrics)
+    if config.train_amount is None:
+        settings |= {"weights": save(judged, draws[0].selection), "details": by_class[0]}
+    else:
+        of_draws = [describe_draw(*each) for each in zip(draws, metrics, by_class)]
+        settings |= {"details": {"draws": of_draws}}
+    return mean_and_deviation(metrics), settings, title(config, draws)
+
+
+def make_grid(config: DictConfig) -> Grid:
+    """The grid that `config` names. Raises ValueError for settings that the solver does not know."""
+    given = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "batchnorm": config.batchnorm,
         "steps": config.steps,
         "batch_size": config.probe_batch_size,
-        "choice_rule": "on held-out images of train: lowest loss within one standard error of the highest top-1",
-        "num_held_out": len(held_out),
-        "choice": probe.choice,
+    }
+    for key in ("lr", "steps", "probe_batch_size"):
+        if config.solver == "lbfgs" and config[key] is not None:
+            raise ValueError(
+                f"{key}={config[key]} has no effect with solver=lbfgs, which finds the minimum; leave it out"
+            )
+    values = {key: plain(value) for key, value in given.items() if value is not None}
+    return Grid(config.solver, **({"weight_decay": WEIGHT_DECAY.get(config.solver, (0.0,))} | values))
+
+
+def draw_rows(config: DictConfig, labels: Tensor) -> list[tuple[int, Tensor]]:
+    """Seeds and rows of train to learn from: all of them, or `draws` times `train_amount` of each class."""
+    if config.train_amount is None:
+        if config.draws is not None:
+            raise ValueError(f"draws={config.draws} has no effect without train_amount, such as train_amount=1%")
+        return [(config.seed, torch.arange(len(labels)))]
+    draws = DRAWS if config.draws is None else config.draws
+    if draws < 1:
+        raise ValueError(f"draws must be 1 or more, got {draws}")
+    seeds = range(config.seed, config.seed + draws)
+    return [(seed, torch.from_numpy(draw(labels.numpy(), config.train_amount, seed=seed))) for seed in seeds]
+
+
+def choose_on(
+    config: DictConfig, judged: Judged, train: Sequence[Features], grid: Grid, seed: int, rows: Tensor
+) -> Draw:
+    """The head that held-out rows of `rows` choose."""
+    labels, sets = train[0].labels, judged.subject.sets
+    of_rows = labels[rows].numpy()
+    is_choice = len(sets) * len(grid.batchnorm) * len(grid.heads()) > 1 or not config.retrain
+    largest_class = ranks_by_class(of_rows, seed, "held out")[2].max()
+    groups = []  # one head on one image of each class needs no held-out images, and there can be none
+    if is_choice or largest_class > 1:
+        groups = hold_out(of_rows, folds=config.folds, fraction=config.held_out, seed=seed)
+    selection = select(
+        [each.features for each in train],
+        labels,
+        num_classes=len(judged.splits.classes),
+        held_out=[rows[torch.from_numpy(group)] for group in groups],
+        grid=grid,
+        names=[each.to_dict() for each in sets],
+        rows=rows,
+        retrain=config.retrain,
+        seed=seed,
+        device=judged.device,
+    )
+    return Draw(seed, len(rows), sum(map(len, groups)), len(groups), selection)
+
+
+def describe(config: DictConfig, grid: Grid, judged: Judged, dimensions: Sequence[int]) -> dict[str, Any]:
+    """How the probe is done, for the protocol."""
+    multi_label = judged.splits.multi_label
+    loss = "binary cross-entropy, summed over classes" if multi_label else "cross-entropy"
+    if grid.solver == "sgd":
+        how = f"SGD, momentum 0.9, cosine to zero, {loss}, no augmentation"
+        settings = {"optimizer": how, "steps": grid.steps, "batch_size": grid.batch_size}
+    else:
+        settings = {"optimizer": f"L-BFGS to the minimum, {loss}, weight decay / 2 |weight|^2, no augmentation"}
+    settings["choice_rule"] = (
+        "on held-out images of train: highest mAP"
+        if multi_label
+        else "on held-out images of train: lowest loss within one standard error of the highest top-1"
+    )
+    sets = judged.subject.sets
+    if len(sets) > 1:
+        read = [{**each.to_dict(), "dimensions": dim} for each, dim in zip(sets, dimensions)]
+        features = {
+            key: value for key, value in judged.protocol["features"].items() if key not in ("layer", "dimensions")
+        }
+        settings |= {"pooling": None, "features": {"sets": read, **features}}
+    return {
+        "protocol": config.protocol,
+        "head": "linear with bias; batchnorm: on features standardised by train (BatchNorm without affine)",
+        "solver": grid.solver,
+        **settings,
+        "tried": grid.tried(),
+    }
+
+
+def outcome(config: DictConfig, draws: Sequence[Draw], metrics: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What was chosen, for the protocol; of several draws their scores, the rest stands in the details."""
+    first = draws[0]
+    found: dict[str, Any] = {
+        "held_out": "one slice" if first.num_groups == 1 else f"{first.num_groups} folds, each held out in turn",
+        "num_held_out": first.num_held_out,
         "reported": "the chosen setting "
         + ("retrained on all of train" if config.retrain else "without held-out images"),
-        "grid": probe.grid,
-        "notes": probe.notes,
     }
-    return probe.metrics, settings, f"linear probe ({len(probe.grid)} heads, lr={probe.choice['lr']:g} chosen)"
+    notes = list(dict.fromkeys(note for each in draws for note in each.selection.notes))
+    if config.train_amount is None:
+        return found | {"choice": first.selection.choice, "grid": first.selection.grid, "notes": notes}
+    found["low_shot"] = {
+        "train_amount": config.train_amount,
+        "images": first.num_train,
+        "seeds": [each.seed for each in draws],
+        "reported": "mean over the draws, and their standard deviation (n - 1)",
+    }
+    name = next(iter(metrics[0]))
+    return found | {f"draws_{name}": [each[name] for each in metrics], "notes": notes}
+
+
+def describe_draw(draw: Draw, metrics: dict[str, float], by_class: dict[str, Any]) -> dict[str, Any]:
+    """One draw, for the details."""
+    return {
+        "seed": draw.seed,
+        "num_train": draw.num_train,
+        "metrics": metrics,
+        "choice": draw.selection.choice,
+        "grid": draw.selection.grid,
+        **by_class,
+    }
+
+
+def mean_and_deviation(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the draws, and as `<name>_std` its sample standard deviation where there are several."""
+    means = {name: statistics.fmean(each[name] for each in metrics) for name in metrics[0]}
+    if len(metrics) == 1:
+        return means
+    return means | {f"{name}_std": statistics.stdev(each[name] for each in metrics) for name in metrics[0]}
+
+
+def title(config: DictConfig, draws: Sequence[Draw]) -> str:
+    """What the printed line calls the probe."""
+    selection = draws[0].selection
+    if config.train_amount is not None:
+        of_each = config.train_amount if "%" in str(config.train_amount) else f"{config.train_amount} images"
+        return f"linear probe ({of_each} of each class, {len(draws)} draw{'s' * (len(draws) > 1)})"
+    words = [f"{key}={value:g}" for key, value in selection.choice.items() if key in ("lr", "weight_decay")]
+    layers = {row["layer"] for row in selection.grid} | {row["pooling"] for row in selection.grid}
+    if len(layers) > 2:
+        words.append(f"layer {selection.choice['layer']}, pooling {selection.choice['pooling']}")
+    return f"linear probe ({len(selection.grid)} heads, {', '.join(words)} chosen)"
+
+
+def save(judged: Judged, selection: Selection) -> str | None:
+    """Write the chosen head beside the JSON, for prediction; None for a baseline, which nobody loads again."""
+    checkpoint = judged.subject.identity["checkpoint"]
+    if checkpoint is None or not distributed.is_main():
+        return None
+    weight, bias = fold(selection.head.weight.T.cpu(), selection.head.bias.cpu(), selection.standardize)
+    folder = save_head(
+        judged.folder / f"{judged.name}.head",
+        weight=weight,
+        bias=bias,
+        classes=judged.splits.classes,
+        checkpoint=checkpoint["path"],
+        sha256=checkpoint["sha256"],
+        features=judged.subject.sets[selection.place].to_dict(),
+        multi_label=judged.splits.multi_label,
+    )
+    return str(folder)
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Judge what `config.ckpt` names by a linear probe; returns the metrics and the protocol."""
-    return judge(config, score, command="eval.linear_probe", next_command="python -m eval.knn")
+    if config.protocol != "cached":
+        from eval.published_probe import run as run_published
+
+        return run_published(config, schema=LinearProbeConfig)
+    check_cached(config)
+    next_command = "python -m eval.knn"
+    return judge(config, score, command="eval.linear_probe", next_command=next_command, multi_label=True)
 
 
 if __name__ == "__main__":

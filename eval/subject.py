@@ -97,6 +97,11 @@ class Judged:
         return self.subject.notes + self.splits.notes + lost
 
     @property
+    def feature_seconds(self) -> float:
+        """Time spent on reading images so far."""
+        return sum(each["seconds"] for each in self.counts.values())
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """How the numbers came about, so far."""
         counts = {split: self.counts.get(split, {"num": 0, "num_bad": 0, "seconds": 0.0}) for split in SPLITS}
@@ -110,7 +115,7 @@ class Judged:
             **self.about,
             "features": dimensions | self.about["features"],
             "data": self.about["data"] | data,
-            "feature_seconds": round(sum(each["seconds"] for each in counts.values()), 2),
+            "feature_seconds": round(self.feature_seconds, 2),
             **environment(),
         }
 
