@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,48 +27,14 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ssl.foreign import SUFFIXES, read_foreign
-from ssl.hub import PREFIX, read_hub
+from ssl.loaded import LoadedBackbone, is_foreign, load_export, load_foreign, load_model
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
 from ssl.models.image_size import at_image_size
-from ssl.tensor_files import fingerprint, load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
+from ssl.tensor_files import load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
 from ssl.timm_folder import timm_config
 
 FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
-FOLLOWS_FROM_WEIGHTS = ("img_size", "patch_size", "in_chans", "num_classes", "dynamic_img_size")
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """timm's own classifier of a fine-tuned model: its tensors under timm's names, and what its outputs mean."""
-
-    classes: list[str]
-    multi_label: bool
-    tensors: dict[str, Tensor]
-
-
-@dataclass
-class LoadedBackbone:
-    """A pretrained backbone in eval mode, and what its checkpoint says of itself."""
-
-    model: nn.Module
-    spec: BackboneSpec
-    config: dict[str, Any]
-    step: int | None
-    """None where the file does not say."""
-    hash: str
-    path: Path
-    mean: list[float]
-    std: list[float]
-    run_dir: Path
-    weights: str
-    """`model`, or `ema` where the run kept a moving average: that is what is evaluated then."""
-    layout: str = "ssl"
-    """Whose checkpoint it is: `ssl` is ours, others are named in ssl/foreign.py."""
-    notes: list[str] = field(default_factory=list)
-    """What was inferred, resampled or left out, for people to read."""
-    classifier: Classifier | None = None
 
 
 def save(
@@ -257,14 +222,13 @@ def load_backbone(
     for images of another size. Raises ValueError where there is none, where it is damaged, where tensors are missing or
     left over, and where `model` is given to one that brings its own.
     """
-    path = Path(ckpt).expanduser()
-    if str(ckpt).startswith(PREFIX) or _is_file_of_weights(path):
-        loaded = _load_foreign(str(ckpt), path, model=model, image_size=image_size)
+    if is_foreign(ckpt):
+        loaded = load_foreign(str(ckpt), model=model, image_size=image_size)
     elif model is not None:
         raise ValueError(f"model= has no effect with ckpt={ckpt}, which brings its own; leave it out")
     else:
         folder = find(ckpt)
-        loaded = _load_checkpoint(folder) if (folder / "state.json").exists() else _load_export(folder)
+        loaded = _load_checkpoint(folder) if (folder / "state.json").exists() else load_export(folder)
     if image_size is not None and tuple(image_size) != loaded.spec.image_size:
         loaded.model, loaded.spec, done = at_image_size(loaded.model, loaded.spec, image_size)
         loaded.notes.append(done)
@@ -312,7 +276,7 @@ def _load_checkpoint(folder: Path) -> LoadedBackbone:
     else:
         tensors = load_tensors(folder / "model.safetensors")
     spec = BackboneSpec.from_dict(state["backbone"])
-    model, classifier = _load_model(spec, tensors, state.get("classifier"), folder)
+    model, classifier = load_model(spec, tensors, state.get("classifier"), folder)
     config = OmegaConf.to_container(OmegaConf.create((folder / "run.yaml").read_text()))
     assert isinstance(config, dict)
     return LoadedBackbone(
@@ -328,84 +292,6 @@ def _load_checkpoint(folder: Path) -> LoadedBackbone:
         weights=weights,
         classifier=classifier,
     )
-
-
-def _load_export(folder: Path) -> LoadedBackbone:
-    """An export of ours, or a folder that timm has written."""
-    try:
-        card = json.loads((folder / "config.json").read_text())
-        mean, std = list(card["pretrained_cfg"]["mean"]), list(card["pretrained_cfg"]["std"])
-        spec = BackboneSpec.from_dict(card["ssl_backbone"]) if "ssl_backbone" in card else None
-        name = str(card["architecture"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"ckpt={folder} is not an export, nor a folder that timm has written: config.json says no backbone "
-            f"({error!r})"
-        ) from error
-    path = folder / "model.safetensors"
-    digest = sha256(path)
-    if spec is None:
-        args = {key: value for key, value in card.get("model_args", {}).items() if key not in FOLLOWS_FROM_WEIGHTS}
-        height, width = card["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
-        found = read_foreign(path, model={"name": name, "args": args}, image_size=(height, width))
-        notes = [note for note in found.notes if "ImageNet" not in note]
-        return LoadedBackbone(
-            found.model, found.spec, {}, None, digest, folder, mean, std, folder, "model", "timm folder", notes
-        )
-    model, classifier = _load_model(spec, load_tensors(path), card.get("ssl_classifier"), folder)
-    return LoadedBackbone(
-        model, spec, {}, None, digest, folder, mean, std, folder, "model", "export", classifier=classifier
-    )
-
-
-def _load_foreign(
-    ckpt: str, path: Path, *, model: Mapping[str, Any] | None, image_size: tuple[int, int] | None
-) -> LoadedBackbone:
-    """A file of another project's weights, or timm's from its hub."""
-    if ckpt.startswith(PREFIX):
-        if model is not None:
-            raise ValueError(f"model= has no effect with ckpt={ckpt}, which names its own; leave it out")
-        found = read_hub(ckpt)
-        digest, path, name = fingerprint(found.model.state_dict()), Path(ckpt), ckpt.replace(":", "_")
-    else:
-        found = read_foreign(path, model=model, image_size=image_size)
-        digest, name = sha256(path), path.stem
-    return LoadedBackbone(
-        model=found.model,
-        spec=found.spec,
-        config={},
-        step=None,
-        hash=digest,
-        path=path,
-        mean=found.mean,
-        std=found.std,
-        run_dir=Path("runs") / name,
-        weights=found.weights,
-        layout=found.layout,
-        notes=found.notes,
-    )
-
-
-def _is_file_of_weights(path: Path) -> bool:
-    """Whether it is a file that stands for itself, and none of a checkpoint or an export of ours."""
-    if not path.is_file() or path.suffix not in SUFFIXES:
-        return False
-    beside = path.with_name("state.json").exists()
-    return not beside and not (path.name == "model.safetensors" and path.with_name("config.json").exists())
-
-
-def _load_model(
-    spec: BackboneSpec, tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, folder: Path
-) -> tuple[nn.Module, Classifier | None]:
-    """The described backbone in eval mode with its tensors, and the classifier that `card` says they hold too."""
-    model = backbone_from_spec(spec)
-    if card is None:
-        load_strictly(model, tensors, folder)
-        return model.eval(), None
-    own = model.state_dict()
-    head = {name: tensor for name, tensor in tensors.items() if name not in own}
-    load_strictly(model, {name: tensor for name, tensor in tensors.items() if name in own}, folder)
-    return model.eval(), Classifier(list(card["classes"]), bool(card["multi_label"]), head)
 
 
 def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
