@@ -18,8 +18,8 @@ from ssl.models.hidden import HiddenLayer, hidden_layers
 class FineTuning(Method):
     """The loss of timm's model with its classifier, against labels that may be smoothed and mixed.
 
-    `mixing` makes the targets and the loss; in eval mode nothing is mixed. Parameters of `backbone` that require no gradient stay as they are, in eval
-    mode. `std` is what the images were divided by, in units of 0..1.
+    `mixing` makes the targets and the loss; in eval mode nothing is mixed. Parameters of `backbone` that require no
+    gradient stay as they are, in eval mode. `std` is what the images were divided by, in units of 0..1.
     """
 
     def __init__(
