@@ -2,6 +2,7 @@
 
 Everything random follows from `noise` (B, num_noise), uniform numbers that the loader gives each image; what a batch
 has once follows from its first image's. Image i is mixed with image B-1-i, as timm does: batches are shuffled already.
+A batch is what one device takes at once, so that here, as in BatchNorm, the number of devices is part of the recipe.
 """
 
 from __future__ import annotations

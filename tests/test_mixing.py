@@ -82,11 +82,11 @@ class FixedDraws:
     """numpy.random's functions as timm's Mixup calls them, with given shares, choices and places."""
 
     def __init__(self, share, *, cut, place, mode):
-        self.share, self.place, self.mode = share, place, mode
+        self.share, self.place, self.calls = share, place, 0
+        self.cuts = np.flatnonzero(cut) if mode == "elem" else [0]
         self.uniform = [np.where(cut, 0.0, 0.9), np.zeros(len(cut))]  # the switch, then whether to mix at all
         if mode == "batch":
             self.uniform.reverse()
-        self.image = 0
 
     def rand(self, *size):
         numbers = self.uniform.pop(0)
@@ -111,8 +111,6 @@ def test_images_and_targets_are_timms_given_the_same_numbers(mode, cut, monkeypa
     alpha = np.where(numbers[:, 1] < 0.5, 1.0, 0.8)
     share = scipy.stats.beta.ppf(numbers[:, 2].double().numpy(), alpha, alpha)
     draws = FixedDraws(share, cut=(numbers[:, 1] < 0.5).numpy(), place=numbers[:, 3:5].double().numpy(), mode=mode)
-    draws.calls = 0
-    draws.cuts = np.flatnonzero(numbers[:, 1] < 0.5) if mode == "elem" else [0]
     monkeypatch.setattr("timm.data.mixup.np.random", draws)
     theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, label_smoothing=0.1, num_classes=CLASSES)
     expected, expected_targets = theirs(images.clone(), labels)
