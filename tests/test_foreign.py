@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import time
 from collections import OrderedDict
@@ -12,16 +13,22 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ssl.checkpoint import load_backbone
+from eval import knn
+from eval.config import register
+from ssl.checkpoint import export, load_backbone
+from ssl.config import CONF
 from ssl.models.backbones import pooled_features
 
 WIDTHS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = {"name": "vit_tiny_patch16_224", "args": WIDTHS}
 CHANNELS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+SMALL = ("data=embedded", "data.source.num_train=60", "data.source.num_test=24")
 RESNET = {"name": "resnet18", "args": CHANNELS}
 TO_MM = (  # timm's names to open-mmlab's, written independently of ssl/foreign.py
     ("patch_embed.proj", "patch_embed.projection"),
@@ -337,3 +344,48 @@ def test_cached_weights_of_timms_hub_need_no_network(hub_cache, name):
     assert_same_features(loaded.model, theirs, images(160))
     assert (loaded.spec.image_size, loaded.mean) == ((160, 160), list(theirs.pretrained_cfg["mean"]))
     assert str(loaded.path) == f"timm:{name}.r160_in1k"
+
+
+def evaluate(*overrides: str) -> dict:
+    """What `python -m eval.knn` does with these words on a few embedded images, in this process."""
+    register(knn.KnnConfig)
+    GlobalHydra.instance().clear()
+    few = [] if "data=checkpoint" in overrides else [*SMALL]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return knn.run(compose("knn", overrides=[*few, *overrides, "device=cpu", "threads=1"]))
+
+
+def test_an_evaluation_of_a_foreign_file_says_whose_it_is_and_what_was_inferred(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = saved({"model": vit().state_dict()}, tmp_path / "mae_tiny.pth")
+    words = [
+        f"ckpt={path}",
+        "model=vit_micro",
+        "model.args.embed_dim=32",
+        "model.args.depth=2",
+        "model.args.num_heads=2",
+    ]
+    result = evaluate(*words)
+    protocol = result["protocol"]
+    assert protocol["checkpoint"]["layout"] == "facebookresearch/mae"
+    assert protocol["checkpoint"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert protocol["checkpoint"]["step"] is None
+    assert protocol["features"]["mean"] == [0.485, 0.456, 0.406]
+    assert any("ImageNet's are used" in note for note in protocol["notes"])
+    assert "note: the weights have facebookresearch/mae's keys" in capsys.readouterr().out
+    assert Path(result["path"]).parent == Path("runs/mae_tiny/eval")
+    larger = evaluate(*words, "data.image_size=48")["protocol"]
+    assert larger["features"]["image_size"] == [48, 48]
+    assert any("resampled from 4x4 to 6x6" in note for note in larger["notes"])
+    with pytest.raises(ValueError, match=r"does not say which images.*give data="):
+        evaluate(*words, "data=checkpoint")
+
+
+def test_a_run_of_ours_at_another_image_size_says_so_and_refuses_model(tmp_path):
+    path = saved(vit().state_dict(), tmp_path / "vit.pth")
+    exported = export(load_backbone(path, model=VIT), tmp_path / "export")
+    protocol = evaluate(f"ckpt={exported}", "data.image_size=64")["protocol"]
+    assert protocol["features"]["image_size"] == [64, 64]
+    assert any("made for 32" in note for note in protocol["notes"])
+    with pytest.raises(ValueError, match="model= has no effect with ckpt"):
+        evaluate(f"ckpt={exported}", "model=resnet18")
