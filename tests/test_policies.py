@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from timm.data import auto_augment as timm_policies
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
@@ -15,7 +17,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.policies import ARGUMENTS, AUTO_POLICIES, OPERATIONS, apply_policy_, parse_policy
-from ssl.data.views import View
+from ssl.data.views import View, make_views
 from ssl.randomness import uniforms_by_use
 from tests.image_list import ImageList, png
 
@@ -249,6 +251,14 @@ def test_a_policy_moves_no_other_number_of_the_view():
     assert not with_policy["flip"].any()
     for name in set(plain) - {"flip"}:
         np.testing.assert_array_equal(with_policy[name], plain[name])
+
+
+def test_the_fine_tuning_recipe_of_mae_is_its_papers():
+    path = Path(__file__).resolve().parents[1] / "conf" / "augment" / "finetune_mae.yaml"
+    (view,) = make_views(OmegaConf.load(path).views)
+    assert view == View(
+        scale=(0.08, 1.0), interpolation="bicubic", flip=0.5, policy=MAE, erase=0.25, erase_mode="pixel"
+    )
 
 
 VIEWS = [View(crop="resize", flip=0.5, policy="rand-m9-n3-mstd0.5-inc1"), View(crop="resize", flip=0.5)]
