@@ -32,7 +32,8 @@ class Parquet:
 
     The split is read from the beginning of a file's name, or of its folders': `train*`; `test*`, else `validation*` or
     `val*`. Where no name tells, all files are train. Images stand in a column of structs {bytes, path} or of bytes.
-    Labels are integers, named by Hugging Face's metadata where present, or text, numbered in sorted order of train's.
+    Labels are integers, named by Hugging Face's metadata where present, or text, numbered in sorted order of train's. A
+    column of lists of either is multi-label: the classes that an image has, in any order, none where the list is empty.
 
     A row group is read when the first of its images is, and up to `held_gib` of them are kept, encoded. Raises
     ValueError for paths, splits, columns and files that do not fit.
@@ -69,7 +70,8 @@ class Parquet:
         self._groups, self._starts = groups, [0, *accumulate(sizes)]  # G, G+1
         if not self._starts[-1]:
             raise ValueError(f"{root} has no rows in its {split} split ({few([str(path) for path in paths])})")
-        self.labels, self.classes = np.full(len(self), UNLABELLED, np.int64), None
+        self.labels: np.ndarray = np.full(len(self), UNLABELLED, np.int64)
+        self.classes: list[str] | None = None
         if label is not None:
             train = files_of_split(files, "train", base)[0] if split == "test" and _is_text(schema, label) else None
             self.labels, self.classes = _labels(self._files, label, _feature_names(schema, label), train)
@@ -234,13 +236,14 @@ def _holds_bytes(kind: Any) -> bool:
 
 def _label_column(schema: pa.Schema, wanted: str | None, path: Path) -> str | None:
     def fits(name: str) -> bool:
-        kind = schema.field(name).type
+        kind = _class_type(schema.field(name).type)
         return pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(schema, name)
 
     if wanted is not None:
         if wanted not in schema.names or not fits(wanted):
             raise ValueError(
-                f"{path} has no column {wanted!r} of integer or text labels; its columns: {_columns(schema)}"
+                f"{path} has no column {wanted!r} of integer or text labels, or lists of them; "
+                f"its columns: {_columns(schema)}"
             )
         return wanted
     named = [name for name in schema.names if fits(name) and _feature_names(schema, name)]
@@ -258,26 +261,76 @@ def _has_labels(path: Path, wanted: str | None) -> bool:
 
 
 def _is_text(schema: pa.Schema, name: str) -> bool:
-    kind = schema.field(name).type
+    kind = _class_type(schema.field(name).type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def _is_list(kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _class_type(kind: Any) -> Any:
+    """The type of one label, in a list or by itself."""
+    return kind.value_type if _is_list(kind) else kind
+
+
 def _feature_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Class names of a column from Hugging Face's schema metadata, `ClassLabel.names`."""
+    """Class names of a column, or of its lists' values, from Hugging Face's schema metadata, `ClassLabel.names`."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return list(features[column]["names"])
-    except (KeyError, TypeError, ValueError):
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        if isinstance(feature, list):  # how older versions write a list
+            feature = feature[0]
+        return list(feature.get("feature", feature)["names"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
 
 
 def _labels(
     files: list[pq.ParquetFile], column: str, names: list[str] | None, train: list[Path] | None
 ) -> tuple[np.ndarray, list[str] | None]:
-    """int64 (N,), with `UNLABELLED` for nulls, and the class names. `train`: the files that number text labels."""
+    """int64 (N,) or multi-hot (N, C), with `UNLABELLED` for nulls, and the class names.
+
+    `train`: the files that number text labels.
+    """
     values = _read_column(files, column)
+    if not _is_list(values.type):
+        return _numbers(values, column, names, train)
+    length = pc.fill_null(pc.call_function("list_value_length", [values]), 0).to_numpy()  # (N,)
+    if not length.any():
+        raise ValueError(
+            f"the lists in {column!r} are all empty, so no image has a class; see data.source.label_column"
+        )
+    flat, classes = _numbers(_flatten(values), column, names, train)
+    if flat.min() == UNLABELLED or classes is None:
+        raise ValueError(
+            f"lists in {column!r} hold nulls or {UNLABELLED} among the classes of an image; leave them out"
+        )
+    row = np.repeat(np.arange(len(values)), length)
+    labels = np.zeros((len(values), len(classes)), np.int64)
+    labels[row, flat] = 1
+    if labels.sum() < len(flat):
+        pairs, count = np.unique(np.stack([row, flat]), axis=1, return_counts=True)
+        where, label = pairs[:, count.argmax()]
+        raise ValueError(
+            f"row {where} of {column!r} names the class {label} more than once; a list holds the numbers of the "
+            "classes that an image has, not a 0 or 1 for every class"
+        )
+    labels[values.is_null().to_numpy()] = UNLABELLED
+    return labels, classes
+
+
+def _flatten(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values of all lists, one behind another."""
+    return pc.call_function("list_flatten", [lists])
+
+
+def _numbers(
+    values: pa.ChunkedArray, column: str, names: list[str] | None, train: list[Path] | None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Labels (n,) of a column without lists, with `UNLABELLED` for nulls, and the class names."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         known = values if train is None else _read_column([_open(path) for path in train], column)
+        known = _flatten(known) if _is_list(known.type) else known
         classes = sorted(set(known.unique().to_pylist()) - {None})
         unknown = sorted(set(values.unique().to_pylist()) - {None, *classes})
         if unknown:

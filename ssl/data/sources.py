@@ -21,9 +21,10 @@ class Source(Protocol):
     name: str
     """For messages, such as `folder /data/photos (train)`."""
     labels: np.ndarray
-    """int64 (N,), `UNLABELLED` where there is none."""
+    """int64 (N,), `UNLABELLED` where there is none. Of multi-label sets multi-hot (N, C): 1 where an image has a class,
+    a row of `UNLABELLED` where nobody has said which it has."""
     classes: list[str] | None
-    """Class names in the order of their labels; None where no image has one."""
+    """Class names in the order of their labels, or columns; None where no image has one."""
     num_ignored: int
     """Files that are no images and were left out; 0 where that has no meaning."""
 
