@@ -103,12 +103,10 @@ def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
         check(config, schema)
-        if distributed.world_size() == 1:
-            metrics = run(config)["metrics"]
-        return metrics["map" if objective == "top1" and "map" in metrics else objective]
-        distributed.start(config.device.name)
+        if distributed.world_size() > 1:
+            distributed.start(config.device.name)
         metrics = run(config)["metrics"]
         distributed.stop()  # not after an error: the other ranks may wait in a collective for ever
-        return metrics[objective]
+        return metrics["map" if objective == "top1" and "map" in metrics else objective]
 
     run_command(task, config_name=command.removeprefix("eval."))
