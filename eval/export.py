@@ -23,7 +23,6 @@ import torch
 from omegaconf import MISSING, DictConfig
 from torch import Tensor, nn
 
-from eval.command import USAGE
 from eval.config import EvalDataConfig, register
 from eval.extract import centre_view
 from eval.hub_upload import check_push, push
@@ -44,7 +43,13 @@ from ssl.models.backbones import pooled_features
 
 FILES = ("model.safetensors", "config.json", "README.md", "load.py", "model.onnx")
 TOLERANCE = 1e-5  # of the largest output: what the order of sums may move in fp32
-NUM_IMAGES = 8
+NUM_IMAGES = 4  # real ones, and as many random ones
+
+USAGE = """eval.export needs ckpt= and out=, what to export and the folder to write:
+  python -m eval.export ckpt=runs/<run> out=exports/<name>                  the last checkpoint of a run
+  python -m eval.export ckpt=runs/<run>/checkpoints/step_00001000 out=...
+  python -m eval.export ckpt=mae.pth model=vit_b out=...                    a file of mae, mmselfsup, solo-learn, timm
+with onnx=true for an ONNX file too, push=<user>/<name> to upload the folder"""
 
 
 @dataclass
@@ -80,7 +85,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     _check_replaceable(out)
     data = plain(config.data) or {}
     loaded = load_backbone(config.ckpt, model=plain(config.model), image_size=as_size(data.get("image_size")))
-    images, notes = comparison_images(config, loaded)
+    images, whose, problem = comparison_images(config, loaded)
 
     partial = out.with_name(f".partial_{out.name}_{os.getpid()}")
     try:
@@ -92,14 +97,14 @@ def run(config: DictConfig) -> dict[str, Any]:
         if config.onnx:
             model = classifier_model(loaded) if loaded.classifier else Pooled(loaded.model)
             ways["model.onnx through onnxruntime"] = write_onnx(model, images, partial / "model.onnx")
-        (partial / "README.md").write_text(model_card(loaded, name=out.name, ways=ways, notes=notes))
+        (partial / "README.md").write_text(model_card(loaded, name=out.name, ways=ways, images=whose))
         _put(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
     for way, difference in ways.items():
-        print(f"{way}: largest difference {difference:.1e} of the largest output, over {len(images)} images")
-    for note in [*loaded.notes, *notes]:
+        print(f"{way}: largest difference {difference:.1e} of the largest output, over {whose}")
+    for note in [*loaded.notes, *([problem] if problem else [])]:
         print(f"note: {note}")
     print(f"written: {out}", flush=True)
     url = push(config.push, out, FILES) if config.push is not None else None
@@ -130,17 +135,17 @@ def compare(loaded: LoadedBackbone, folder: Path, images: Tensor) -> dict[str, f
     """
     head = classifier_model(loaded) if loaded.classifier else None
     with torch.no_grad():
-        expected = pooled_features(loaded.model, images)  # (B, D)
-        logits = head(images) if head is not None else expected  # (B, classes)
+        expected = [pooled_features(loaded.model, images)]  # (B, D)
+        expected += [head(images)] if head is not None else []  # (B, classes)
     ways = {}
     for way, load in ways_to_load(loaded, folder).items():
         try:
             model = load().eval()
             with torch.no_grad():
-                found, outputs = pooled_features(model, images), model(images)
+                found = [pooled_features(model, images), model(images)] if head is not None else [model(images)]
         except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"the export was not written: it cannot be loaded by {way}: {error}") from error
-        difference = max(_difference(found, expected), _difference(outputs, logits))
+        difference = max(_difference(one, other) for one, other in zip(found, expected, strict=True))
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"the export was not written: loaded by {way} it computes something else, by {difference:.1e} of the "
@@ -201,19 +206,20 @@ def load():
 '''
 
 
-def comparison_images(config: DictConfig, loaded: LoadedBackbone) -> tuple[Tensor, list[str]]:
-    """Normalised images (B, C, H, W), half of them real and half random, and notes on which.
+def comparison_images(config: DictConfig, loaded: LoadedBackbone) -> tuple[Tensor, str, str | None]:
+    """Normalised images (B, C, H, W), half of them real and half random, which they are, and what was in the way.
 
     Real ones are of `data=`, by default the checkpoint's own; where those cannot be read, the embedded ones.
     """
-    data, notes = plain(config.data), []
+    data, problem = plain(config.data), None
+    whose = "the run's own data" if data["name"] == "checkpoint" else data["name"]
     try:
         source = _source(config, loaded)
     except (ValueError, OSError) as error:
         if data["name"] != "checkpoint":
             raise
-        reason = str(error).split("\n")[0]
-        notes.append(f"compared on the embedded images, as the checkpoint's own cannot be read: {reason}")
+        whose, reason = "the embedded set", str(error).split("\n")[0]
+        problem = f"compared on the embedded images, as the checkpoint's own cannot be read: {reason}"
         source = Embedded(split="train", size=min(loaded.spec.image_size), num_train=100, num_test=1, seed=0)
     height, width = loaded.spec.image_size
     loader = Loader(
@@ -230,7 +236,7 @@ def comparison_images(config: DictConfig, loaded: LoadedBackbone) -> tuple[Tenso
         real = augment(next(iter(loader.sequential(batch_size=NUM_IMAGES))))["views"][0].float()  # (B, C, H, W)
     generator = torch.Generator().manual_seed(config.seed)
     random = torch.randn(NUM_IMAGES, loaded.spec.in_chans, height, width, generator=generator)
-    return torch.cat([real, random]), notes
+    return torch.cat([real, random]), f"{len(real)} images of {whose} and {len(random)} random ones", problem
 
 
 def _source(config: DictConfig, loaded: LoadedBackbone) -> Source:
@@ -275,7 +281,7 @@ def main() -> None:
 
     def task(config: DictConfig) -> None:
         if config.ckpt is None:
-            print(USAGE.format(command="eval.export"), file=sys.stderr)
+            print(USAGE, file=sys.stderr)
             raise SystemExit(2)
         check(config, ExportConfig)
         run(config)

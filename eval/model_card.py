@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ ELSEWHERE = ("checkpoint", "backbone", "data", "features", "versions", "commit",
 LONGEST = 50  # lists beyond this are counted in the card; the JSON beside the run holds them
 
 
-def model_card(loaded: LoadedBackbone, *, name: str, ways: Mapping[str, float], notes: Sequence[str] = ()) -> str:
-    """The card of an export called `name`; `ways` are how it was loaded without this package, and with what difference.
+def model_card(loaded: LoadedBackbone, *, name: str, ways: Mapping[str, float], images: str) -> str:
+    """The card of an export called `name`; `ways` are how it was loaded without this package, and with what difference
+    on which `images`.
 
     Results are those of the run's `eval/*.json` that were made from these very weights.
     """
@@ -28,7 +29,7 @@ def model_card(loaded: LoadedBackbone, *, name: str, ways: Mapping[str, float], 
         f"## Load it\n\n{_how_to_load(loaded)}",
         f"## Results\n\n{_results(loaded)}",
         f"## Recipe\n\n{_recipe(loaded)}",
-        f"## Checked\n\n{_checked(loaded, ways, notes)}",
+        f"## Checked\n\n{_checked(ways, images)}",
         "## Licence\n\nNot chosen yet: write yours here and as `license:` above. The images that it was trained on may "
         "have a say in it.",
     ]
@@ -77,7 +78,7 @@ def _summary(loaded: LoadedBackbone) -> str:
     if loaded.classifier:
         words.append(f"with a classifier of {len(loaded.classifier.classes)} classes")
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return f"{', '.join(words)}. {count / 1e6:.1f} M parameters. Weights: SHA-256 `{loaded.hash}`."
+    return f"{', '.join(words)}. {count / 1e6:.1f} M parameters. Made from weights with SHA-256 `{loaded.hash}`."
 
 
 def _how_to_load(loaded: LoadedBackbone) -> str:
@@ -128,7 +129,7 @@ def _results(loaded: LoadedBackbone) -> str:
 def _recipe(loaded: LoadedBackbone) -> str:
     recipe = {key: loaded.config[key] for key in RECIPE if loaded.config.get(key) is not None}
     if not recipe:
-        return "The file says nothing of how it was made." + "".join(f"\n- {note}" for note in loaded.notes)
+        return "The file says nothing of how it was made.\n" + "".join(f"\n- {note}" for note in loaded.notes)
     epochs = (loaded.config.get("trainer") or {}).get("epochs")
     done = f"Step {loaded.step:,} of a run" + (f" of {epochs:g} epochs" if epochs is not None else "")
     text = OmegaConf.to_yaml(OmegaConf.create(_public(recipe))).rstrip()
@@ -137,15 +138,12 @@ def _recipe(loaded: LoadedBackbone) -> str:
     )
 
 
-def _checked(loaded: LoadedBackbone, ways: Mapping[str, float], notes: Sequence[str]) -> str:
-    lines = [
-        "Loaded without the code that trained it and compared with it on real and random images when this was written; "
-        "largest difference, as a part of the largest output:",
-        "",
-        *(f"- `{way}`: {difference:.1e}" for way, difference in ways.items()),
-        *(f"- {note}" for note in notes),
-    ]
-    return "\n".join(lines)
+def _checked(ways: Mapping[str, float], images: str) -> str:
+    listed = "\n".join(f"- `{way}`: {difference:.1e}" for way, difference in ways.items())
+    return (
+        f"Loaded without the code that trained it when this was written, and compared with it on {images}; largest "
+        f"difference, as a part of the largest output:\n\n{listed}"
+    )
 
 
 def _data(data: Mapping[str, Any]) -> str | None:

@@ -279,6 +279,9 @@ def test_images_that_are_gone_are_replaced_by_the_embedded_ones_with_a_note(tmp_
     call(f"ckpt={run}", f"out={exported}")
     call(f"ckpt={exported}", f"out={tmp_path / 'again'}")  # an export names no data
     assert "note: compared on the embedded images" in capsys.readouterr().out
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "4 images of the embedded set and 4 random ones" in card
+    assert str(tmp_path) not in card
     with pytest.raises(ValueError, match="nowhere"):  # images that were asked for are not replaced
         call(f"ckpt={run}", f"out={tmp_path / 'other'}", "data=folder", f"data.root={tmp_path / 'nowhere'}")
 
