@@ -197,12 +197,11 @@ class OnlineHealth:
 
 @contextlib.contextmanager
 def _untouched(subject: OnlineSubject) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module's mode and the random states are what they were."""
+    """Without gradients; afterwards each module's mode and the random states are what they were."""
     modes = [(module, module.training) for module in subject.method.modules()]
     devices = [subject.device] if subject.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            subject.method.eval()
             yield
     finally:
         for module, training in modes:
