@@ -2,10 +2,10 @@
 
     python -m benchmarks.collapse --steps 100
 
-The bounds of `eval.collapse` stand between the two. Each run is AdamW on the embedded images, in fp32, one seed, up to a
-minute on a core; its features are those of 512 images. Made to collapse: a loss that only draws the two views of an
-image together, behind SimCLR's projector or on the features themselves; and SimCLR at a learning rate five hundred times
-too high.
+The bounds of `eval.collapse` stand between the two. Each run is AdamW on the embedded images, in fp32, one seed, up to
+a minute on a core; its features are those of 512 images. Made to collapse: a loss that only draws the two views of an
+image together, behind SimCLR's projector or on the features themselves; and SimCLR at a learning rate five hundred
+times too high.
 """
 
 from __future__ import annotations
