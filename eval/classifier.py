@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from eval.head_file import Head, is_head, load_head
 from eval.layers import FeatureSet, make_extract, resolve_sets
-from ssl.checkpoint import LoadedBackbone, find, load_backbone, steps_saved
+from ssl.checkpoint import LoadedBackbone, classifier_model, find, load_backbone, steps_saved
+from ssl.loaded import is_foreign
 from ssl.models.backbones import is_token_model
 
 HEADS, OWN_HEAD = "eval/*.head", "eval/linear_probe.head"
 ACCEPTED = (
-    "a fine-tuned run (python -m eval.finetune), a run with a probed head "
+    "a fine-tuned run (python -m eval.finetune) or its export, a run with a probed head "
     "(python -m eval.linear_probe ckpt=runs/<run> writes <run>/eval/linear_probe.head), or such a head's folder"
 )
 
@@ -42,39 +43,45 @@ def load_classifier(
     path: str | Path,
     *,
     backbone: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Classifier:
-    """What `path` names, ready on `device`: a fine-tuned run, a run with a probed head, or a head's folder.
+    """What `path` names, ready on `device`: a fine-tuned run or its export, a run with a probed head, a head's folder.
 
-    `backbone` tells where the backbone of a probed head lies now. Raises ValueError where nothing there names classes,
+    `backbone` tells where the backbone of a probed head lies now, `model` what a file of another project's weights is
+    of, as in `load_backbone`. Raises ValueError where nothing there names classes,
     and where a head and a backbone do not belong together.
     """
     device = torch.device(device)
     path = Path(path).expanduser()
     if is_head(path):
-        return load_probed(path, backbone=backbone, device=device, dtype=dtype)
+        return load_probed(path, backbone=backbone, model=model, device=device, dtype=dtype)
     heads = sorted(path.glob(HEADS))
-    folder = find(path) if not heads or _has_checkpoint(path) else None
-    if folder is not None and _is_finetuned(folder):
+    ours = not is_foreign(path) and (not heads or _has_checkpoint(path))
+    if ours and _is_finetuned(folder := find(path)):
         if backbone is not None:
             raise ValueError(f"backbone= has no effect: {path} is fine-tuned and brings its own; leave it out")
         from eval.finetune import load_finetuned  # which names the dataclass of this file
 
         return _on(load_finetuned(folder), device, dtype)
     if not heads:
-        raise ValueError(f"ckpt={path} is a backbone and names no classes; predicting needs {ACCEPTED}")
+        loaded = load_backbone(path, model=model)
+        if loaded.classifier is None:
+            raise ValueError(f"ckpt={path} is a backbone and names no classes; predicting needs {ACCEPTED}")
+        return _on(_exported(loaded), device, dtype)
     own = path / OWN_HEAD  # of the data that the run was made from; others bear the name of theirs
     if own not in heads and len(heads) > 1:
         listed = ", ".join(map(str, heads))
         raise ValueError(f"ckpt={path} has {len(heads)} probed heads, and which is meant? Give one: {listed}")
-    return load_probed(own if own in heads else heads[0], backbone=backbone, device=device, dtype=dtype)
+    return load_probed(own if own in heads else heads[0], backbone=backbone, model=model, device=device, dtype=dtype)
 
 
 def load_probed(
     folder: str | Path,
     *,
     backbone: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Classifier:
@@ -86,7 +93,7 @@ def load_probed(
     folder = Path(folder).expanduser()
     head = load_head(folder)
     device = torch.device(device)
-    loaded = _find_backbone(head, folder, backbone)
+    loaded = _find_backbone(head, folder, backbone, model)
     extract = probed_features(loaded, head.features, device=device, dtype=dtype)
     weight, bias = head.weight.to(device), head.bias.to(device)
     head = replace(head, weight=weight, bias=bias)
@@ -121,14 +128,16 @@ def probed_features(
     return lambda image: extract(image)[0]  # (B, D)
 
 
-def _find_backbone(head: Head, folder: Path, given: str | Path | None) -> LoadedBackbone:
-    """The backbone whose weights have the head's hash."""
+def _find_backbone(
+    head: Head, folder: Path, given: str | Path | None, model: Mapping[str, Any] | None
+) -> LoadedBackbone:
+    """The backbone whose weights have the head's hash, for images of the head's size."""
     run = folder.parent.parent
     places = [given] if given is not None else [head.checkpoint, *(path for _, path in reversed(steps_saved(run)))]
     others = []
     for place in dict.fromkeys(map(str, places)):
         try:
-            loaded = load_backbone(place)
+            loaded = load_backbone(place, model=model if is_foreign(place) else None, image_size=head.image_size)
         except ValueError as error:
             others.append(str(error))
             continue
@@ -139,6 +148,21 @@ def _find_backbone(head: Head, folder: Path, given: str | Path | None) -> Loaded
         f"{folder} belongs to a backbone with SHA-256 {head.sha256[:12]}..., which was {head.checkpoint}:\n  "
         + "\n  ".join(others)
         + "\nGive backbone=<where it is now>, or probe the backbone that you have: python -m eval.linear_probe ckpt=..."
+    )
+
+
+def _exported(loaded: LoadedBackbone) -> Classifier:
+    """timm's model of a fine-tuned export, with its classifier."""
+    assert loaded.classifier is not None
+    return Classifier(
+        model=classifier_model(loaded),
+        classes=loaded.classifier.classes,
+        image_size=loaded.spec.image_size,
+        mean=loaded.mean,
+        std=loaded.std,
+        channels=loaded.spec.in_chans,
+        multi_label=loaded.classifier.multi_label,
+        title=str(loaded.path),
     )
 
 

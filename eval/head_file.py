@@ -26,7 +26,7 @@ from eval.heads import Standardizer
 
 FORMAT = 1
 WEIGHTS, CARD = "head.safetensors", "head.json"
-KEYS = ("format", "kind", "checkpoint", "sha256", "classes", "multi_label", "features", "head_sha256")
+KEYS = ("format", "kind", "checkpoint", "sha256", "classes", "multi_label", "features", "image_size", "head_sha256")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Head:
     """Of the backbone's weights, as `LoadedBackbone.hash`: no other backbone makes features that it can read."""
     features: dict[str, Any]
     """Which features of the backbone it reads."""
+    image_size: tuple[int, int]
+    """Height and width of the images that these were read from, in pixels."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
@@ -65,11 +67,13 @@ def save_head(
     checkpoint: str | Path,
     sha256: str,
     features: Mapping[str, Any],
+    image_size: Sequence[int],
     multi_label: bool = False,
 ) -> Path:
     """Write a head of `weight` (C, D) and `bias` (C,) whole or not at all, in the place of an older one.
 
-    `features` tells which features of the backbone it reads, as JSON values. Raises ValueError where the shapes do not
+    `features` tells which features of the backbone it reads, as JSON values, `image_size` (height, width) of which
+    images. Raises ValueError where the shapes do not
     fit each other or a number is not finite, OSError where it cannot be written.
     """
     _check_tensors(weight, bias, classes, what="a head to be saved")
@@ -86,6 +90,7 @@ def save_head(
             "classes": list(classes),
             "multi_label": multi_label,
             "features": dict(features),
+            "image_size": list(image_size),
             "head_sha256": _sha256(partial / WEIGHTS),
         }
         (partial / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
@@ -130,6 +135,7 @@ def load_head(folder: str | Path) -> Head:
         checkpoint=card["checkpoint"],
         sha256=card["sha256"],
         features=card["features"],
+        image_size=(card["image_size"][0], card["image_size"][1]),
     )
 
 

@@ -25,6 +25,7 @@ from ssl.config import plain
 from ssl.data.subset import ranks_by_class
 
 DRAWS = 5
+HELD_OUT = {0: None, 1: "one slice"}
 
 
 @dataclass
@@ -172,7 +173,7 @@ def outcome(config: DictConfig, draws: Sequence[Draw], metrics: Sequence[dict[st
     """What was chosen, for the protocol; of several draws their scores, the rest stands in the details."""
     first = draws[0]
     found: dict[str, Any] = {
-        "held_out": "one slice" if first.num_groups == 1 else f"{first.num_groups} folds, each held out in turn",
+        "held_out": HELD_OUT.get(first.num_groups, f"{first.num_groups} folds, each held out in turn"),
         "num_held_out": first.num_held_out,
         "reported": "the chosen setting "
         + ("retrained on all of train" if config.retrain else "without held-out images"),
@@ -237,6 +238,7 @@ def save(judged: Judged, selection: Selection) -> str | None:
         checkpoint=checkpoint["path"],
         sha256=checkpoint["sha256"],
         features=judged.subject.sets[selection.place].to_dict(),
+        image_size=judged.subject.image_size,
         multi_label=judged.splits.multi_label,
     )
     return str(folder)

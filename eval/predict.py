@@ -11,8 +11,9 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -30,7 +31,7 @@ from eval.extract import centre_view
 from eval.images import Images, find_images, read_views
 from eval.subject import choose_device
 from ssl.command import run_command
-from ssl.config import Device, Precision, check, plain
+from ssl.config import Device, ModelConfig, Precision, check, plain
 from ssl.data.augment import Augment
 from ssl.data.sources import Source
 from ssl.trainer import choose_dtype
@@ -55,6 +56,7 @@ class PredictConfig:
     ckpt: str | None = None
     images: Any = None  # a file, a folder, a glob, or a list of those
     backbone: str | None = None  # where the backbone of a probed head lies now, if it was moved
+    model: ModelConfig | None = None  # what a file of another project's weights is of
     top: int = 5  # classes named for each image, at most all
     format: Format = Format.table
     out: str | None = None  # file; null: printed
@@ -140,18 +142,20 @@ def load_predictor(
     ckpt: str | Path,
     *,
     backbone: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
     top: int = 5,
     device: str = "auto",
     precision: str = "auto",
     batch_size: int = 64,
     threads: int | None = None,
 ) -> Predictor:
-    """A predictor from a fine-tuned run, a run with a probed head, or a head's folder.
+    """A predictor from a fine-tuned run or its export, a run with a probed head, or a head's folder.
 
     Raises ValueError where `ckpt` names no classes, or where a head's backbone is gone or another one.
     """
     place = choose_device(device)
-    classifier = load_classifier(ckpt, backbone=backbone, device=place, dtype=choose_dtype(precision, place))
+    dtype = choose_dtype(precision, place)
+    classifier = load_classifier(ckpt, backbone=backbone, model=model, device=place, dtype=dtype)
     return Predictor(classifier, device=place, top=top, batch_size=batch_size, threads=threads)
 
 
@@ -163,6 +167,7 @@ def run(config: DictConfig) -> dict[str, int]:
     predictor = load_predictor(
         config.ckpt,
         backbone=config.backbone,
+        model=plain(config.model),
         top=config.top,
         device=config.device.name,
         precision=config.precision.name,
@@ -180,7 +185,8 @@ def run(config: DictConfig) -> dict[str, int]:
     if config.out:
         _say(f"written: {config.out}")
     elif config.format == Format.table:
-        _say(f"next: python -m eval.predict ckpt={config.ckpt} images={config.images} format=csv out=predictions.csv")
+        words = shlex.join([f"ckpt={config.ckpt}", f"images={config.images}", "format=csv", "out=predictions.csv"])
+        _say(f"next: python -m eval.predict {words}")
     return counts
 
 

@@ -12,6 +12,7 @@ MEASURED = (
     "subject",
     "checkpoint",
     "backbone",
+    "frozen",
     "data.pretrained_on_it",
     "features.dimensions",
     "features.mean",
@@ -21,30 +22,37 @@ MEASURED = (
 
 CIRCUMSTANCES = (
     "seed",
+    "low_shot.seeds",
     "commit",
     "versions",
     "gpu",
     "device",
-    "date",
-    "time",
-    "started",
     "features.precision",
     "index",
+    "recipe",
     "data.root",
     "data.train",
     "data.test",
     "data.num_undecodable",
-    "settings.device",
-    "settings.devices",
-    "settings.threads",
+    *(f"settings.trainer.{key}" for key in ("device", "devices", "device_batch_size", "precision", "compile")),
 )
-"""What a repetition may change; it is told beside the numbers. Keys that end in `seconds` belong to it too."""
+"""What a repetition may change; it is told beside the numbers. A recipe's name is one, as its settings are compared."""
 
-OUTCOMES = ("choice", "notes", "recall", "weights", "last_metrics", "draws_top1")
-"""What came out of the measurement, and is written into the protocol for its reader."""
+UNTOLD = (
+    "date",
+    *(f"settings.trainer.{key}" for key in ("log_every_steps", "checkpoint_every_steps", "eval_every_epochs")),
+    *(f"settings.trainer.{key}" for key in ("keep_last", "keep_every_steps", "pictures")),
+)
+"""What every repetition changes, or nobody would ask for. Keys that end in `seconds` belong to it too."""
 
-GRID_OUTCOMES = ("held_out_", "score", "top1", "loss", "finite")
-"""How the keys of a grid's rows begin that are scores, beside the settings."""
+OUTCOMES = ("choice", "notes", "recall", "weights", "last_metrics", "signs_of_collapse")
+"""What came out of the measurement, and is written into the protocol for its reader. So is what begins with draws_."""
+
+OUTCOMES_OF = {"eval.finetune": ("reported",)}
+"""The same of one evaluation: which step early stopping chose."""
+
+ROW_OUTCOMES = ("held_out_", "dimensions")
+"""How the keys begin that are outcomes in a row of a grid, or of a list of layers."""
 
 LONGEST = 60
 
@@ -55,11 +63,15 @@ def identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
     All that is not known to be the judged model, a circumstance or an outcome belongs to it, so that what a later
     version adds tells results apart. A null is a setting that is not there.
     """
-    settings = _flat(protocol)
-    found: dict[str, Any] = {name: value for name, value in settings if value is not None and not _is_ignored(name)}
-    if isinstance(found.get("grid"), list):
-        found["grid"] = _grid_settings(found["grid"])
-    return found
+    without = (*MEASURED, *CIRCUMSTANCES, *UNTOLD, *OUTCOMES, *OUTCOMES_OF.get(str(protocol.get("command")), ()))
+    return {
+        name: _settings_of_rows(value)
+        for name, value in _flat(protocol)
+        if value is not None
+        and not _is_within(name, without)
+        and not name.startswith("draws_")
+        and not name.endswith("seconds")
+    }
 
 
 def protocol_id(protocol: Mapping[str, Any]) -> str:
@@ -135,21 +147,19 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield name, value
 
 
-def _is_ignored(name: str) -> bool:
-    return name.endswith("seconds") or _is_within(name, (*MEASURED, *CIRCUMSTANCES, *OUTCOMES))
-
-
 def _is_within(name: str, groups: tuple[str, ...]) -> bool:
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
-def _grid_settings(grid: list[Any]) -> list[Any]:
-    """The settings of a grid's rows without the scores that they got."""
+def _settings_of_rows(value: Any) -> Any:
+    """A list of mappings without what came out for each; anything else as it is."""
+    if not isinstance(value, list):
+        return value
     return [
-        {key: value for key, value in row.items() if not key.startswith(GRID_OUTCOMES)}
+        {key: each for key, each in row.items() if not key.startswith(ROW_OUTCOMES)}
         if isinstance(row, Mapping)
         else row
-        for row in grid
+        for row in value
     ]
 
 

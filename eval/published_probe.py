@@ -330,5 +330,6 @@ def _save_head(judged: Judged, weight: Tensor, bias: Tensor, chosen_set: Feature
             checkpoint=checkpoint["path"],
             sha256=checkpoint["sha256"],
             features=chosen_set.to_dict(),
+            image_size=judged.subject.image_size,
         )
     return str(folder)

@@ -90,6 +90,12 @@ def command(monkeypatch, capsys, *words: str, code: int = 0) -> tuple[str, str]:
         {"notes": []},
         {"center": None},
         {"choice": {"lr": 0.1}},
+        {"date": "2026-01-01"},
+        {"recipe": "mae"},
+        {"draws_top1": [0.1, 0.2]},
+        {"low_shot": {"seeds": [5, 6]}},
+        {"weights": "linear_probe.head"},
+        {"settings": {"trainer": {"device": "cuda", "pictures": False}}},
     ],
 )
 def test_another_model_on_another_machine_is_measured_alike(changes):
@@ -108,6 +114,8 @@ def test_another_model_on_another_machine_is_measured_alike(changes):
         ({"features__image_size": [64, 64]}, {"features.image_size": ([32, 32], [64, 64])}),
         ({"data__name": "stl10"}, {"data.name": ("cifar10", "stl10")}),
         ({"data__num_train": 5000}, {"data.num_train": (50000, 5000)}),
+        ({"low_shot": {"train_amount": "1%"}}, {"low_shot.train_amount": (None, "1%")}),
+        ({"settings": {"trainer": {"epochs": 50}}}, {"settings.trainer.epochs": (None, 50)}),
         ({"command": "eval.linear_probe"}, {"command": ("eval.knn", "eval.linear_probe")}),
         ({"unheard_of": 1}, {"unheard_of": (None, 1)}),
     ],
@@ -123,6 +131,20 @@ def test_a_grid_is_its_settings_and_not_its_scores():
 
     assert protocol_difference(with_grid(0.1, 0.5), with_grid(0.1, 0.6)) == {}
     assert list(protocol_difference(with_grid(0.1, 0.5), with_grid(0.2, 0.5))) == ["grid"]
+
+
+def test_the_step_that_early_stopping_chose_is_an_outcome_of_fine_tuning_alone():
+    for command, alike in (("eval.finetune", True), ("eval.linear_probe", False)):
+        a, b = (changed(command=command, reported=f"the weights of step {step}") for step in (10, 20))
+        assert (protocol_difference(a, b) == {}) is alike
+
+
+def test_layers_are_compared_without_their_dimensions():
+    def with_layers(dimensions: int, layer: str) -> dict:
+        return changed(features={"sets": [{"layer": layer, "dimensions": dimensions}]})
+
+    assert protocol_difference(with_layers(5, "last"), with_layers(6, "last")) == {}
+    assert list(protocol_difference(with_layers(5, "last"), with_layers(5, "3"))) == ["features.sets"]
 
 
 def test_the_order_of_keys_does_not_make_a_protocol():

@@ -26,6 +26,7 @@ def save(folder: Path, seed: int = 0, **changes) -> Path:
         "sha256": "f00d",
         "features": {"pooling": "p"},
     }
+    settings["image_size"] = (8, 9)
     return save_head(folder, **{"weight": weight, "bias": bias, **settings, **changes})
 
 
@@ -36,6 +37,7 @@ def test_a_head_is_read_as_it_was_saved(tmp_path):
     assert torch.equal(head.bias, bias)
     assert (head.classes, head.multi_label) == (["ant", "bee", "cat"], True)
     assert (head.checkpoint, head.sha256, head.features) == ("runs/a", "f00d", {"pooling": "p"})
+    assert head.image_size == (8, 9)
 
 
 def test_its_logits_are_those_of_a_linear_layer(tmp_path):
@@ -49,7 +51,7 @@ def test_a_folded_head_gives_for_raw_features_what_it_gave_for_standardised_ones
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([1, 9, 0.1, 3, 0]) + 4
     standardize = Standardizer.fit(features)
     expected = functional.linear(standardize(features), weight, bias)
-    folded = Head(*fold(weight, bias, standardize), ["a", "b", "c"], False, "", "", {})
+    folded = Head(*fold(weight, bias, standardize), ["a", "b", "c"], False, "", "", {}, (8, 9))
     torch.testing.assert_close(folded.logits(features), expected, atol=1e-4, rtol=1e-4)
     assert (folded.weight[:, 4] == 0).all()  # a dimension that never moved
 

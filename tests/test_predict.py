@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
+from torch import nn
 
-from eval import predict
+from eval import linear_probe, predict
+from eval.config import register
 from eval.head_file import save_head
 from eval.images import find_images, pixels, read_views
 from eval.predict import load_predictor
 from ssl import checkpoint
+from ssl.config import CONF
+from ssl.methods.base import Method
+from ssl.models.backbones import build_backbone
+from ssl.models.classifier import make_classifier
 from tests.image_list import ImageList, png
 from tests.run_folder import write_images, write_run
 
@@ -27,9 +34,11 @@ CLASSES = ["ant", "bee", "cat"]
 CPU = {"device": "cpu", "precision": "fp32", "threads": 1}
 
 
-def write_head(folder: Path, run_dir: Path, *, multi_label: bool = False) -> Path:
+def write_head(
+    folder: Path, run_dir: Path, *, multi_label: bool = False, image_size: tuple[int, int] | None = None
+) -> Path:
     """A head of made weights on the last checkpoint of a run."""
-    loaded = checkpoint.load_backbone(run_dir)
+    loaded = checkpoint.load_backbone(run_dir, image_size=image_size)
     generator = torch.Generator().manual_seed(3)
     return save_head(
         folder,
@@ -39,6 +48,7 @@ def write_head(folder: Path, run_dir: Path, *, multi_label: bool = False) -> Pat
         checkpoint=loaded.path,
         sha256=loaded.hash,
         features={"pooling": "model"},
+        image_size=loaded.spec.image_size,
         multi_label=multi_label,
     )
 
@@ -269,6 +279,28 @@ def test_gray_alpha_and_rotated_pictures_become_upright_colour():
     assert pixels(turned, 1).shape == (6, 4, 1)
 
 
+def write_finetuned(run_dir: Path) -> tuple[Path, nn.Module]:
+    """A run folder as fine-tuning writes it, and the model in it."""
+    torch.manual_seed(5)
+    args = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    _, spec = build_backbone("resnet18", image_size=(32, 32), model_args=args)
+    method = Method()
+    method.backbone, spec = make_classifier(spec, num_classes=3, head_std=1.0)
+    checkpoint.save(
+        run_dir,
+        step=7,
+        method=method,
+        spec=spec,
+        optimizer_tensors={},
+        ema=None,
+        config_yaml="seed: 0\n",
+        state={"epoch": 1.0, "classifier": {"classes": CLASSES, "pooling": "avg", "multi_label": False}},
+        mean=[0.5, 0.4, 0.3],
+        std=[0.2, 0.3, 0.4],
+    )
+    return run_dir, method.backbone.eval()
+
+
 # ---- which checkpoint ----------------------------------------------------------------------------------------------
 
 
@@ -276,6 +308,52 @@ def test_a_head_on_another_backbone_is_refused(a_run, tmp_path):
     other = write_run(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"(?s)belongs to a backbone with SHA-256.*has other weights.*backbone="):
         load_predictor(a_run / "eval" / "linear_probe.head", backbone=other, **CPU)
+
+
+def test_a_fine_tuned_run_and_its_export_give_the_softmax_of_the_model(photos, tmp_path):
+    run_dir, model = write_finetuned(tmp_path / "tuned")
+    paths = [photos / "a" / f"{number}.png" for number in range(3)]
+    image = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
+    with torch.no_grad():
+        expected = model((image - mean) / std).softmax(dim=1)  # (3, C)
+    exported = checkpoint.export(checkpoint.load_backbone(run_dir), tmp_path / "export")
+    for place in (run_dir, run_dir / "checkpoints" / "step_00000007", exported):
+        for prediction, row in zip(load_predictor(place, **CPU)(paths), expected):
+            assert prediction.classes[0] == CLASSES[row.argmax()]
+            by_label = torch.tensor([prediction.scores[prediction.labels.index(label)] for label in range(3)])
+            torch.testing.assert_close(by_label, row, atol=1e-5, rtol=1e-4)
+
+
+def test_a_probe_and_the_predictions_with_its_head_name_the_same_share_right(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    root = write_images(tmp_path / "data", "train/ant", "train/bee", "train/cat", each=12)
+    for name in ("ant", "bee", "cat"):  # every third image of train, so that some are named wrong and some right
+        (root / "test" / name).mkdir(parents=True)
+        for path in sorted((root / "train" / name).glob("*.png"))[::3]:
+            path.rename(root / "test" / name / path.name)
+    words = [f"ckpt={run_dir}", "data=folder", f"data.root={root}", "steps=50", "lr=[0.1]", "weight_decay=[0.01]"]
+    register(linear_probe.LinearProbeConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("linear_probe", overrides=[*words, "device=cpu", "precision=fp32", "threads=1"])
+    result = linear_probe.run(config)
+    predictor = load_predictor(run_dir / "eval" / "linear_probe_folder.head", **CPU)
+    found = list(predictor.stream(find_images(root / "test")))
+    right = [prediction.classes[0] == Path(prediction.path).parent.name for prediction in found]
+    assert sum(right) / len(right) == pytest.approx(result["metrics"]["top1"])
+    assert result["protocol"]["data"]["num_test"] == len(right) == 12
+
+
+def test_a_backbone_for_a_fine_tuned_run_has_no_effect(a_run, tmp_path):
+    run_dir, _ = write_finetuned(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="backbone= has no effect"):
+        load_predictor(run_dir, backbone=a_run, **CPU)
+
+
+def test_a_head_sees_images_of_the_size_that_it_was_trained_on(a_run, tmp_path):
+    head = write_head(tmp_path / "large.head", a_run, image_size=(48, 48))
+    assert load_predictor(head, **CPU).classifier.image_size == (48, 48)
 
 
 def test_a_run_that_was_moved_is_found_beside_its_head(a_run, photos, tmp_path):
