@@ -2,8 +2,9 @@
 
 A checkpoint is a folder, `checkpoints/step_00001234/`:
 
-    model.safetensors      the backbone, under timm's own keys
-    config.json            timm's own description: `timm.create_model("local-dir:<folder>", pretrained=True)` loads it
+    model.safetensors      the backbone, under timm's own keys; of a fine-tuned model with timm's classifier
+    config.json            timm's own description: `timm.create_model("local-dir:<folder>", pretrained=True)` loads it,
+                           but for a ResNet with a small stem, which timm has no arguments for (see eval.export)
     method.safetensors     what only pretraining needs: projector, decoder, head
     ema.safetensors        the moving average of both, where the run keeps one
     optimizer.safetensors  its state, by parameter name

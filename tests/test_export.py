@@ -32,7 +32,7 @@ RESNET = ("resnet18", CHANNELS, "standard")
 SMALL_STEM = ("resnet18", CHANNELS, "small")
 DEEP_SMALL_STEM = ("resnet18d", {**CHANNELS, "stem_width": 8}, "small")
 CLASSES = ["cat", "dog", "owl"]
-SECRET = "/home/someone/private_photos"
+SECRET = "/srv/private_photos"
 
 
 def make_run(folder: Path, model: tuple, *, classifier: dict | None = None, pooling: str | None = None) -> Path:
