@@ -38,9 +38,7 @@ def write_results(
     """Write `{"metrics": ..., "protocol": ...}`, and `details` where there are some, whole or not at all."""
     more = {} if details is None else {"details": details}
     text = json.dumps({"metrics": metrics, "protocol": protocol, **more}, indent=2, allow_nan=False)
-    text = LIST_OF_NUMBERS.sub(
-        lambda found: " ".join(found[0].split()), text
-    )  # a confusion matrix: a line for each row
+    text = LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text)  # a matrix: a line for each row
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text + "\n")

@@ -204,6 +204,7 @@ def test_the_data_of_a_checkpoint_may_have_moved(a_run, tmp_path):
     rewrite_config(folder, {"data": data, "seed": 0})
     with pytest.raises(ValueError, match=r"(?s)/gone.*give data.root="):
         call(knn, f"ckpt={tmp_path / 'moved'}")
+    assert not (tmp_path / "moved" / "eval").exists()
     assert call(knn, f"ckpt={tmp_path / 'moved'}", f"data.root={root}")["protocol"]["data"]["num_test"] == 12
 
 
