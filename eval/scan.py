@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.largest import Largest
 from eval.rows import Rows
 
 INDEXES = ("auto", "faiss", "torch", "shortlist")
 SHORTLIST = 4  # candidates per neighbour that the bfloat16 scan keeps
 FAISS_GPU_NEIGHBOURS = 2048  # what faiss can select on a GPU
-GROUP = 32
 CHUNK = 1024
 TILE = 4096
 FP32, BF16 = 2.0**-24, 2.0**-9  # how far off, relatively, a number may be once rounded
@@ -91,57 +91,40 @@ def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -
             half = 0.5 * block.square().sum(1) if euclidean else None  # (n,)
             longest = torch.maximum(longest, block.norm(dim=1).max())
             rest = torch.maximum(rest, (block - in_dtype).norm(dim=1).max()) if dtype == torch.bfloat16 else rest
-            for tile in range(0, len(block), TILE):
-                some = in_dtype[tile : tile + TILE].T  # (D, n)
-                for start in range(0, len(queries), CHUNK):
-                    at = slice(start, start + CHUNK)
-                    score = rounded[at] @ some  # (B, n)
+            for start in range(0, len(queries), CHUNK):
+                at = slice(start, start + CHUNK)
+                largest = Largest(best[at], place[at])
+                for tile, stop in tiles(len(block), keep if first == 0 else 0):
+                    score = rounded[at] @ in_dtype[tile:stop].T  # (B, n)
                     if half is not None:
-                        score = score.float() - half[tile : tile + TILE]
-                    offer(score, first + tile, best[at], place[at])
+                        score = score.float() - half[tile:stop]
+                    largest.offer(score, first + tile)
+                largest.sort()
     norm = moved.norm(dim=1)  # (M,)
     error = (rows.dim + 8) * FP32 * norm * longest  # (M,)
     if dtype == torch.bfloat16:
-        largest = norm * longest if euclidean else best[:, [0, -1]].abs().amax(1)
-        error = error + norm * rest + (moved - rounded).norm(dim=1) * (longest + rest) + 2 * BF16 * largest
+        size = norm * longest if euclidean else best[:, [0, -1]].abs().amax(1)  # (M,)
+        error = error + norm * rest + (moved - rounded).norm(dim=1) * (longest + rest) + 2 * BF16 * size
     if not euclidean:
         return Candidates(best + queries @ near.T, place, error + 8 * FP32 * norm * near.norm() * rows.dim)
     error = 2 * error + (rows.dim + 8) * FP32 * (norm + longest).square()
     return Candidates(2 * best - norm[:, None].square(), place, error)
 
 
+def tiles(num: int, keep: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the tiles that a block of `num` rows is scored in. The first holds several times what is kept, so that
+    few of the later scores are larger than the least of those.
+    """
+    first = min(-(-16 * keep // TILE) * TILE or TILE, num)
+    yield 0, first
+    for start in range(first, num, TILE):
+        yield start, min(start + TILE, num)
+
+
 def middle(rows: Rows, sample: int = 4096) -> Tensor:
     """A point (1, D) near the mean of the rows: that of a sample of them, evenly spaced."""
     step = -(-len(rows) // sample)
     return rows.prepare(rows.bank[::step]).mean(0, keepdim=True)
-
-
-def offer(score: Tensor, first: int, best: Tensor, place: Tensor) -> None:
-    """Put what is larger in `score` (B, n) of the rows from `first` on into `best` and `place` (B, m), in order.
-
-    The m largest numbers lie in at most m groups, those with the largest maxima, so only these groups are sorted; and
-    once the best are known, few groups hold anything larger.
-    """
-    num = score.shape[1]
-    column = None
-    if num % GROUP == 0:
-        largest = score.view(-1, GROUP, num // GROUP).amax(1)  # (B, n/G)
-        busy = int((largest > best[:, -1:]).sum(1).max())
-        if busy == 0:
-            return
-        if 2 * busy <= largest.shape[1]:
-            group = largest.topk(busy, dim=1).indices  # (B, g)
-            step = torch.arange(0, num, num // GROUP, device=score.device)  # (G,)
-            column = (group[:, :, None] + step).flatten(1)  # (B, g*G)
-            score = score.gather(1, column)
-    if score.shape[1] > best.shape[1]:
-        score, chosen = score.topk(best.shape[1], dim=1)  # (B, m)
-        column = chosen if column is None else column.gather(1, chosen)
-    if column is None:
-        column = torch.arange(num, device=score.device).expand(score.shape)
-    joined, order = torch.cat([best, score.float()], 1).topk(best.shape[1], dim=1)  # (B, m)
-    place.copy_(torch.cat([place, column + first], 1).gather(1, order))
-    best.copy_(joined)
 
 
 @contextmanager
