@@ -192,7 +192,9 @@ def _judge(cell: Cell) -> None:
     """Run one evaluation; what it raises stays with its cell."""
     began = time.perf_counter()
     try:
-        cell.result = importlib.import_module(f"eval.{cell.evaluation}").run(cell.config)
+        evaluate = importlib.import_module(f"eval.{cell.evaluation}").run
+        folder = {"out": Path(cell.config.out)} if cell.evaluation == "finetune" else {}
+        cell.result = evaluate(cell.config, **folder)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):  # not the user's mistake, as far as we know: show where
             traceback.print_exc()
@@ -220,9 +222,12 @@ def _values(config: DictConfig, *, ckpt: str, evaluation: str, title: str, data:
     for key, value in own.items():
         nested = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if nested else value
-    if config.out:
-        folder = Path(config.out) / _slug(ckpt)
-        values["out"] = str(folder / f"finetune_{title}" if whole_model else folder)
+    folder = Path(config.out or "runs/suites").expanduser() / _slug(ckpt)
+    if whole_model:  # a run folder: the same suite again continues it
+        recipe = own.get("recipe", "own")
+        values["out"] = str(folder / f"finetune_{recipe}_{title}" / f"seed{values.get('seed', 0)}")
+    elif config.out:
+        values["out"] = str(folder)
     if title != data["name"] and not whole_model:
         values["name"] = f"{evaluation}_{title}"
     return values
