@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import timm
+import torch
 from huggingface_hub import constants
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -27,14 +29,15 @@ def read_hub(ckpt: str) -> Foreign:
     """
     name = ckpt.removeprefix(PREFIX)
     settings = _settings(name)
-    overlay = _cached(settings)
-    if overlay is None:
-        _check_reachable(ckpt, name)
+    cached = _cached(settings)
+    if cached is None:
+        _check_reachable(ckpt, name, settings)
+    overlay = {"file": str(cached), "custom_load": False} if cached else None
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except (OSError, *MISFITS) as error:
         raise ValueError(
-            f"ckpt={ckpt}: the weights could not be had from {constants.ENDPOINT}/{settings.hf_hub_id}: {error}"
+            f"ckpt={ckpt}: the weights could not be had from {settings.hf_hub_id or settings.url}: {error}"
         ) from error
     height, width = settings.input_size[1:]
     backbone, spec = build_backbone(
@@ -71,28 +74,33 @@ def _settings(name: str) -> Any:
     return settings
 
 
-def _cached(settings: Any) -> dict[str, Any] | None:
-    """Where an earlier download of the weights lies, as timm takes it; None where there is none."""
-    if not settings.hf_hub_id or settings.custom_load:
-        return None
+def _cached(settings: Any) -> Path | None:
+    """Where an earlier download of the weights lies; None where there is none."""
+    if not settings.hf_hub_id:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / settings.url.rpartition("/")[2]
+        return path if path.is_file() else None
     repository, _, revision = settings.hf_hub_id.partition("@")
     for file in (settings.hf_hub_filename or "model.safetensors", "pytorch_model.bin"):
         path = huggingface_hub.try_to_load_from_cache(
             repository, file, revision=revision or None, cache_dir=constants.HF_HUB_CACHE
         )
         if isinstance(path, str):
-            return {"file": path}
+            return Path(path)
     return None
 
 
-def _check_reachable(ckpt: str, name: str) -> None:
-    """Raise ValueError, within seconds, where the hub cannot be reached."""
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+def _check_reachable(ckpt: str, name: str, settings: Any) -> None:
+    """Raise ValueError, within seconds, where what serves the weights cannot be reached."""
+    if settings.hf_hub_id:
+        place, cache = constants.ENDPOINT, Path(constants.HF_HUB_CACHE)
+    else:  # the few that timm has not moved to the hub
+        place, cache = settings.url, Path(torch.hub.get_dir()) / "checkpoints"
+    offline = bool(settings.hf_hub_id) and constants.HF_HUB_OFFLINE
+    reason = "HF_HUB_OFFLINE is set" if offline else unreachable(place)
     if reason:
         raise ValueError(
-            f"ckpt={ckpt} needs {constants.ENDPOINT}, and the weights are not in the cache {constants.HF_HUB_CACHE}: "
-            f"{reason}. Where there is a network, run\n"
-            f"  python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
+            f"ckpt={ckpt} needs {place}, and the weights are not in the cache {cache}: {reason}. Where there is a "
+            f"network, run\n  python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
             f"and copy that folder here, or give the file of the weights: ckpt=PATH model=timm model.name={name}"
         )
 

@@ -321,6 +321,23 @@ def test_timms_hub_out_of_reach_is_one_message_within_seconds(hub_cache):
     assert time.monotonic() - began < 10
 
 
+def test_an_offline_machine_is_told_that_it_is(hub_cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"not in the cache .*hub: HF_HUB_OFFLINE is set"):
+        load_backbone("timm:test_vit.r160_in1k")
+
+
+def test_cached_weights_of_an_address_that_is_no_hub_need_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    theirs = timm.create_model("legacy_seresnet18")
+    url = timm.get_pretrained_cfg("legacy_seresnet18.in1k").url
+    (tmp_path / "checkpoints").mkdir()
+    saved(theirs.state_dict(), tmp_path / "checkpoints" / url.rpartition("/")[2])
+    loaded = load_backbone("timm:legacy_seresnet18.in1k")
+    theirs.reset_classifier(0)
+    assert_same_features(loaded.model, theirs.eval(), images(64))
+
+
 def test_weights_that_timm_does_not_have_are_named_with_those_it_has(hub_cache):
     with pytest.raises(ValueError, match=r"no pretrained weights 'resnet18\.mine': it has .*resnet18\.a1_in1k"):
         load_backbone("timm:resnet18.mine")
