@@ -31,6 +31,7 @@ from ssl.config import CONF, Device, ModelConfig, Precision, check, plain, sugge
 USAGE = """eval.suite needs ckpt=, what is judged:
   python -m eval.suite ckpt=runs/<run>                                      kNN and a linear probe on its own images
   python -m eval.suite ckpt=[runs/a,runs/b] suite=[knn] knn.k=[20,200]
+  python -m eval.suite ckpt=runs/<run> suite=[linear_probe,{name:linear_probe,protocol:mae},{name:finetune,recipe:mae}]
   python -m eval.suite ckpt=runs/<run> data=[checkpoint,{name:cifar10,root:/data/cifar10}]"""
 SCHEMAS = {
     "knn": "KnnConfig",
@@ -52,7 +53,7 @@ class SuiteConfig:
     """
 
     ckpt: Any = None
-    suite: Any = field(default_factory=lambda: ["knn", "linear_probe"])
+    suite: Any = field(default_factory=lambda: ["knn", "linear_probe"])  # names, or mappings {name:knn,k:[200]}
     sets: Any = field(default_factory=lambda: ["checkpoint"])  # `data=` on the command line
     model: ModelConfig | None = None  # with ckpt=random
     seed: int | None = None
@@ -72,6 +73,7 @@ class Cell:
     """One evaluation of one checkpoint on one set: what it was asked, then what came of it."""
 
     evaluation: str
+    title: str
     ckpt: str
     data: str
     config: DictConfig
@@ -95,7 +97,7 @@ def run(config: DictConfig) -> list[Cell]:
     for _, group in places:
         with features_shared():
             for number, cell in group:
-                print(f"\n[{number}/{len(cells)}] {cell.evaluation} of {cell.ckpt} on {cell.data}", flush=True)
+                print(f"\n[{number}/{len(cells)}] {cell.title} of {cell.ckpt} on {cell.data}", flush=True)
                 _judge(cell)
     folder = _folder(config, cells)
     for name in ("suite.csv", "suite.md"):
@@ -103,7 +105,7 @@ def run(config: DictConfig) -> list[Cell]:
     print(f"\n{one_table(cells, most=MOST_METRICS).text()}\n")
     for cell in cells:
         if cell.error is not None:
-            print(f"failed: {cell.evaluation} of {cell.ckpt} on {cell.data}: {cell.error}", file=sys.stderr)
+            print(f"failed: {cell.title} of {cell.ckpt} on {cell.data}: {cell.error}", file=sys.stderr)
     print(f"written: {folder}/suite.csv and suite.md, and a JSON for each row; equal protocols were measured alike")
     paths = [cell.result["path"] for cell in cells if cell.result]
     if paths:
@@ -114,14 +116,16 @@ def run(config: DictConfig) -> list[Cell]:
 def make_cells(config: DictConfig) -> list[Cell]:
     """What is to be run, checkpoint by checkpoint and set by set. Raises ValueError for settings that do not fit."""
     checkpoints = [str(each) for each in _as_list(config.ckpt)]
-    evaluations = [str(each) for each in _as_list(config.suite)]
-    entries = list(_entries(_as_list(config.sets)))
+    suite = list(_entries(_as_list(config.suite), key="suite", example="{name:knn,k:[200]}"))
+    entries = list(_entries(_as_list(config.sets), key="data", example="{name:folder,root:/photos}"))
+    evaluations = [settings["name"] for _, settings in suite]
     unknown = [name for name in evaluations if name not in SCHEMAS]
     if unknown or not evaluations or not checkpoints or not entries:
         raise ValueError(
             f"suite={evaluations} must name one or more of {', '.join(SCHEMAS)}, and ckpt= and data= one or more each"
         )
-    for name, wanted in (("ckpt", checkpoints), ("suite", evaluations)):
+    plainly = [each for each in _as_list(config.suite) if not isinstance(each, Mapping)]
+    for name, wanted in (("ckpt", checkpoints), ("suite", plainly)):
         if len(set(wanted)) < len(wanted):
             raise ValueError(f"{name}={wanted} names something twice")
     for name in SCHEMAS:
@@ -132,9 +136,11 @@ def make_cells(config: DictConfig) -> list[Cell]:
     if config.model is not None and not set(checkpoints) - set(BASELINES[1:]):
         raise ValueError(f"model= has no effect with ckpt={checkpoints}; leave it out, or give ckpt=random")
     cells = []
-    for ckpt, (title, data), name in itertools.product(checkpoints, entries, evaluations):
-        values = _values(config, ckpt=ckpt, evaluation=name, title=title, data=data)
-        cells.append(Cell(name, ckpt, title, compose_evaluation(name, values, model=_model(config, ckpt, checkpoints))))
+    for ckpt, (data_title, data), (title, entry) in itertools.product(checkpoints, entries, suite):
+        model = _model(config, ckpt, checkpoints)
+        values = _values(config, ckpt=ckpt, title=title, entry=entry, data_title=data_title, data=data)
+        composed = compose_evaluation(entry["name"], values, model=model)
+        cells.append(Cell(entry["name"], title, ckpt, data_title, composed))
     return cells
 
 
@@ -182,7 +188,7 @@ def one_table(cells: Sequence[Cell], *, most: int | None) -> Table:
         key = protocol_id(cell.result["protocol"]) if cell.result else None
         error = cell.error.splitlines()[0] if cell.error else None
         numbers = [cell.metrics.get(name) for name in names]
-        rows.append([cell.ckpt, cell.data, cell.evaluation, key, *numbers, round(cell.seconds, 1), error])
+        rows.append([cell.ckpt, cell.data, cell.title, key, *numbers, round(cell.seconds, 1), error])
     if not any(cell.error for cell in cells):
         return Table(columns[:-1], [row[:-1] for row in rows])
     return Table(columns, rows)
@@ -203,8 +209,17 @@ def _judge(cell: Cell) -> None:
     cell.seconds = time.perf_counter() - began
 
 
-def _values(config: DictConfig, *, ckpt: str, evaluation: str, title: str, data: Mapping[str, Any]) -> dict[str, Any]:
+def _values(
+    config: DictConfig,
+    *,
+    ckpt: str,
+    title: str,
+    entry: Mapping[str, Any],
+    data_title: str,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
     """What one evaluation is told: what all share, what this one is set to, where its results go."""
+    evaluation = str(entry["name"])
     values: dict[str, Any] = {"ckpt": ckpt, "data": dict(data)}
     whole_model = evaluation == "finetune"
     for key in SHARED:
@@ -215,21 +230,20 @@ def _values(config: DictConfig, *, ckpt: str, evaluation: str, title: str, data:
             values[key] = value
         elif key in ELSEWHERE:
             values.setdefault(ELSEWHERE[key], {})[key] = value
-    own = plain(config[evaluation])
-    for key in own:
+    own = {**plain(config[evaluation]), **{key: value for key, value in entry.items() if key != "name"}}
+    for key, value in own.items():
         if key in ("ckpt", "data", "out", "name", "model"):
             raise ValueError(f"{evaluation}.{key} has no effect: {key} is told to the whole suite")
-    for key, value in own.items():
         nested = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if nested else value
     folder = Path(config.out or "runs/suites").expanduser() / _slug(ckpt)
     if whole_model:  # a run folder: the same suite again continues it
-        recipe = own.get("recipe", "own")
-        values["out"] = str(folder / f"finetune_{recipe}_{title}" / f"seed{values.get('seed', 0)}")
+        recipe = "" if "recipe" in entry else f"_{own.get('recipe', 'own')}"
+        values["out"] = str(folder / f"{title}{recipe}_{data_title}" / f"seed{values.get('seed', 0)}")
     elif config.out:
         values["out"] = str(folder)
-    if title != data["name"] and not whole_model:
-        values["name"] = f"{evaluation}_{title}"
+    if (title, data_title) != (evaluation, data["name"]) and not whole_model:
+        values["name"] = title if data_title == "checkpoint" else f"{title}_{data_title}"
     return values
 
 
@@ -240,16 +254,21 @@ def _model(config: DictConfig, ckpt: str, checkpoints: Sequence[str]) -> Mapping
     return plain(config.model)
 
 
-def _entries(data: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(title, settings) of each set; sets of one name are numbered from the second on."""
+def _entries(given: Sequence[Any], *, key: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(title, settings) of each entry of a list; an evaluation's title has the words that it is set to, such as
+    linear_probe_mae, and entries of one title are numbered from the second on.
+    """
     seen: dict[str, int] = {}
-    for entry in data:
+    for entry in given:
         settings = dict(entry) if isinstance(entry, Mapping) else {"name": str(entry)}
         if "name" not in settings:
-            raise ValueError(f"a set in data= needs its name, such as {{name:folder,root:/photos}}; got {settings}")
-        name = str(settings["name"])
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), settings
+            raise ValueError(f"an entry of {key}= needs its name, such as {example}; got {settings}")
+        words = [str(settings["name"])]
+        if key == "suite":
+            words += [value for name, value in settings.items() if isinstance(value, str) and name != "name"]
+        title = "_".join(words).replace("/", "_")  # it names files
+        seen[title] = seen.get(title, 0) + 1
+        yield (title if seen[title] == 1 else f"{title}_{seen[title]}"), settings
 
 
 def _as_list(value: Any) -> list[Any]:

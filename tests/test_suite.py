@@ -141,6 +141,25 @@ def test_an_untrained_backbone_stands_beside_the_trained_one(home, tmp_path):
     assert all(Path(cell.result["path"]).is_relative_to(tmp_path / "all") for cell in cells)
 
 
+def test_an_evaluation_may_run_in_several_settings(home):
+    entries = "knn,{name:knn,k:[7]},{name:knn,metric:euclidean,k:[7]}"
+    cells = call(f"ckpt={home}/a", f"suite=[{entries}]", "knn.k=[3]")
+    assert [cell.title for cell in cells] == ["knn", "knn_2", "knn_euclidean"]
+    protocols = [cell.result["protocol"] for cell in cells]
+    assert [each["k"] for each in protocols] == [[3], [7], [7]]
+    assert [each["metric"] for each in protocols] == ["cosine", "cosine", "euclidean"]
+    names = sorted(path.name for path in (home / "a" / "eval").glob("*.json"))
+    assert names == ["knn.json", "knn_2.json", "knn_euclidean.json"]
+
+
+def test_a_published_protocol_and_a_recipe_are_options_of_their_groups(home):
+    words = ["suite=[{name:linear_probe,protocol:mae},{name:finetune,recipe:simclr}]", "device=cpu", "seed=3"]
+    probe, tuned = suite.make_cells(config_of("suite", suite.SuiteConfig, *suite.spell_out([f"ckpt={home}/a", *words])))
+    assert (probe.config.protocol, probe.config.optim.name) == ("mae", "lars")
+    assert (tuned.config.optim.name, tuned.config.trainer.device.name, tuned.config.seed) == ("sgd", "cpu", 3)
+    assert tuned.config.out == "runs/suites/" + "_".join(home.parts[-2:]) + "_a/finetune_simclr_checkpoint/seed3"
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +213,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(home, monkeypatch, capsy
         (["suite=[knn]", "data=[cifar10]"], "this must be given: data.root="),
         (["suite=[knn]", "data=[{root:x}]"], "needs its name"),
         (["suite=[knn,knn]"], "names something twice"),
+        (["suite=[{k:[3]}]"], "an entry of suite= needs its name"),
         (["suite=[knn]", "sede=1"], "did you mean seed?"),
     ],
 )
