@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             "images": len(seen.features),
             "views": len(views),
             "augment": recipe,
+            "recipe": _told(views),
             "num_undecodable": seen.num_bad,
             "delta": LIDAR_DELTA,
             "epsilon": LIDAR_EPSILON,
@@ -161,6 +162,19 @@ def _views(config: DictConfig, trained: Mapping[str, Any]) -> tuple[list[View], 
     else:
         recipe, name = [USUAL_VIEW], "random resized crop of 0.2 to 1 of the area, flip"
     return [recipe[number % len(recipe)] for number in range(config.views)], name
+
+
+def _told(views: list[View]) -> list[dict[str, Any]]:
+    """The different views as JSON values, without what is left at its default."""
+    different = list(dict.fromkeys(views))
+    return [
+        {
+            each.name: list(value) if isinstance(value, tuple) else value
+            for each in fields(view)
+            if (value := getattr(view, each.name)) != each.default
+        }
+        for view in different
+    ]
 
 
 def _read(

@@ -297,6 +297,7 @@ def test_an_unlabelled_folder_is_enough_and_broken_images_are_left_out(photos, c
     data = result["protocol"]["data"]
     assert (data["num_images"], data["num_sampled"], data["num_undecodable"]) == (20, 19, 1)
     assert result["protocol"]["lidar"]["augment"] == "the checkpoint's own"
+    assert result["protocol"]["lidar"]["recipe"] == [{"scale": [0.5, 1.0], "flip": 0.5}]
     said = capsys.readouterr().out
     assert f"RankMe {result['metrics']['rankme']:>14.1f}" in said
     assert "note: 1 images could not be decoded" in said
