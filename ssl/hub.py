@@ -125,5 +125,6 @@ def _patch_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _classifier(settings: Any) -> tuple[str, ...]:
+    """How names begin that are the classifier's, unless the model without one has them too (a norm before it)."""
     names = settings.classifier or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return tuple(f"{name.split('.')[0]}." for name in ((names,) if isinstance(names, str) else names))
