@@ -125,16 +125,20 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def find_results(given: str) -> list[Path]:
-    """The results that a file, a run folder or its `eval` folder holds. Raises ValueError where there is none."""
+    """The results that a file, a run folder with what was fine-tuned from it, or its `eval` folder holds.
+
+    Raises ValueError where there is none.
+    """
     path = Path(given).expanduser()
     if path.is_file():
         return [path]
     if not path.exists():
         raise ValueError(f"{given} does not exist; give the JSON of an evaluation, or a run folder")
-    for folder in (path / "eval", path):
-        found = sorted(folder.glob("*.json"))
-        if found and not (folder / "state.json").exists():  # a checkpoint's own JSON are no results
-            return found
+    found = [*sorted(path.glob("eval/*.json")), *sorted(path.glob("finetune/**/eval/*.json"))]
+    if not found and not (path / "state.json").exists():  # a checkpoint's own JSON are no results
+        found = sorted(path.glob("*.json"))
+    if found:
+        return found
     raise ValueError(f"{given} holds no results (eval/*.json); python -m eval.knn ckpt={given} makes one")
 
 

@@ -13,7 +13,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from eval import compare
-from eval.protocols import brief, identity, protocol_difference, protocol_id
+from eval.protocols import brief, find_results, identity, protocol_difference, protocol_id
 from eval.tables import Table, metric_columns
 
 KNN = {
@@ -210,6 +210,13 @@ def test_run_folders_stand_for_their_results(tmp_path, monkeypatch, capsys):
     tables = out.split("\n\n")
     assert ("10.0%" in tables[0], "20.0%" in tables[0], "60.0%" in tables[0]) == (True, True, False)
     assert ("60.0%" in tables[1], "70.0%" in tables[1]) == (True, True)
+
+
+def test_what_was_fine_tuned_from_a_run_belongs_to_its_results(tmp_path):
+    write(tmp_path / "a" / "eval" / "knn.json", KNN, top1=0.1)
+    write(tmp_path / "a" / "finetune" / "mae" / "seed0" / "eval" / "finetune.json", KNN, top1=0.2)
+    found = [str(path.relative_to(tmp_path / "a")) for path in find_results(str(tmp_path / "a"))]
+    assert found == ["eval/knn.json", "finetune/mae/seed0/eval/finetune.json"]
 
 
 def test_csv_and_markdown_carry_the_protocol_in_each_row(tmp_path, monkeypatch, capsys):
