@@ -1,0 +1,332 @@
+"""The neighbours that each search finds, against all pairs sorted; banks of few labels, in slices and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+import ssl.distributed as distributed
+from eval import knn as knn_command
+from eval import largest, neighbours, rows, scan
+from eval.bank import FeatureStore, close_gaps, free_bytes
+from eval.config import register
+from eval.knn import knn
+from eval.neighbours import nearest
+from eval.rows import Rows
+from eval.scan import make_scan
+from ssl.config import CONF
+
+CPU = torch.device("cpu")
+INDEXES = ["faiss", "torch", "shortlist"]
+
+
+def reference(bank: Tensor, queries: Tensor, count: int, *, metric: str) -> list[list[int]]:
+    """All pairs in float64, rounded to fp32, sorted by (closeness, place); `dot` is the cosine of unit lengths."""
+    found = []
+    for query in queries.double().numpy():
+        order = []
+        for place, row in enumerate(bank.double().numpy()):
+            if metric == "euclidean":
+                order.append((np.float32(((query - row) ** 2).sum()), place))
+                continue
+            length = np.sqrt(query @ query) * np.sqrt(row @ row) if metric == "cosine" else 1.0
+            order.append((-np.float32(query @ row / length), place))
+        found.append([place for _, place in sorted(order)[:count]])
+    return found
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_small_pieces(monkeypatch, *, dim: int, block: int = 60, tile: int = 16, chunk: int = 7) -> None:
+    """Many blocks, tiles and chunks from few features, each with a smaller last one."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", block * 4 * dim)
+    monkeypatch.setattr(scan, "TILE", tile)
+    monkeypatch.setattr(scan, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "TILE", tile)
+    monkeypatch.setattr(largest, "GROUP", 4)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("index", INDEXES)
+def test_every_search_finds_what_sorting_all_pairs_finds(index, metric, pieces, monkeypatch):
+    bank, queries = seeded(331, 9), seeded(23, 9, seed=1)
+    if pieces:
+        in_small_pieces(monkeypatch, dim=9)
+    for count in (1, 5, 40):
+        found = nearest(Rows(bank, metric, CPU), queries, count, index=index)
+        assert found.place.tolist() == reference(bank, queries, count, metric=metric)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("index", INDEXES)
+def test_duplicates_zeros_and_equal_distances_go_by_their_place(index, metric, pieces, monkeypatch):
+    bank, queries = seeded(300, 6).round(), seeded(20, 6, seed=1).round()  # whole numbers: many are equally close
+    bank[40:90], bank[250:], bank[7], queries[3] = bank[5], bank[5], 0.0, 0.0
+    queries[:3] = bank[5]
+    if pieces:
+        in_small_pieces(monkeypatch, dim=6)
+    if metric == "cosine":  # the tie is one of the features that have been scaled, in fp32
+        expected = reference(rows.unit_length(bank), rows.unit_length(queries), 30, metric="dot")
+    else:
+        expected = reference(bank, queries, 30, metric=metric)
+    assert nearest(Rows(bank, metric, CPU), queries, 30, index=index).place.tolist() == expected
+    assert expected[0][:3] == [5, 40, 41]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_features_that_are_nearly_one_point_are_still_told_apart(index):
+    bank, queries = 1 + 1e-4 * seeded(400, 8), 1 + 1e-4 * seeded(9, 8, seed=1)  # a backbone close to collapse
+    found = nearest(Rows(bank, "euclidean", CPU), queries, 5, index=index)
+    assert found.place.tolist() == reference(bank, queries, 5, metric="euclidean")
+    found = nearest(Rows(bank, "cosine", CPU), queries, 5, index=index)
+    assert found.place.tolist() == reference(rows.unit_length(bank), rows.unit_length(queries), 5, metric="dot")
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_scan_never_errs_by_more_than_it_says(index, metric):
+    bank, queries = 3 + seeded(500, 33), 3 + seeded(40, 33, seed=1)
+    space = Rows(bank, metric, CPU)
+    prepared, wanted = space.prepare(queries), space.prepare(bank)
+    found = make_scan(index, CPU)[0](space, prepared, 50)
+    if metric == "cosine":
+        exact = prepared.double() @ wanted.double().T  # (M, N)
+    else:
+        exact = -torch.cdist(prepared.double(), wanted.double()).square()
+    off = (found.closeness - exact.gather(1, found.place)).abs().amax(1)  # (M,)
+    assert (off <= found.error).all()
+    if index == "shortlist":
+        assert (off > 1e-5).any()  # bfloat16 was used, so the bound had something to bound
+
+
+def test_what_the_shortlist_passed_over_is_looked_for_again():
+    bank = torch.cat([seeded(1, 64).repeat(500, 1) + 1e-5 * seeded(500, 64, seed=1), seeded(100, 64, seed=2)])
+    queries = bank[:500:25] + 1e-5
+    found = nearest(Rows(bank, "cosine", CPU), queries, 5, index="shortlist")
+    exact = nearest(Rows(bank, "cosine", CPU), queries, 5, index="torch")
+    assert found.num_open == len(queries)  # 64 candidates of 500 that bfloat16 cannot tell apart
+    assert torch.equal(found.place, exact.place)
+
+
+def test_largest_keeps_the_largest_of_a_bank_sorted_towards_the_query():
+    score = torch.arange(4000.0).repeat(3, 1) + torch.tensor([[0.0], [0.25], [0.5]])  # each tile beats all before
+    value, place = torch.full((3, 10), -torch.inf), torch.zeros(3, 10, dtype=torch.int64)
+    best = largest.Largest(value, place)
+    for first in range(0, 4000, 640):
+        best.offer(score[:, first : first + 640], first)
+    best.sort()
+    assert torch.equal(value, score.topk(10).values)
+    assert torch.equal(place, score.topk(10).indices)
+
+
+# ---- votes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+@pytest.mark.parametrize("index", INDEXES)
+def test_euclidean_votes_are_those_of_scikit_learn(index, vote):
+    bank, labels = seeded(200, 5), torch.randint(4, (200,), generator=torch.Generator().manual_seed(2))
+    queries, truth = seeded(90, 5, seed=1), torch.randint(4, (90,), generator=torch.Generator().manual_seed(3))
+    queries[:5] = bank[:5]  # at distance zero
+    for k in (1, 7, 30):
+        weights = "distance" if vote == "weighted" else "uniform"
+        theirs = KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(bank.numpy(), labels.numpy())
+        ours = knn(bank, labels, queries, truth, k=[k], num_classes=4, metric="euclidean", vote=vote, index=index)
+        assert ours.first()["top1"] == pytest.approx(theirs.score(queries.numpy(), truth.numpy()))
+        assert "temperature" not in ours.first()
+
+
+def test_a_majority_counts_heads_and_a_weighted_vote_does_not():
+    bank = torch.tensor([[1.0, 0.0], [0.2, 1.0], [0.2, 1.0]])
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    for vote, expected in (("weighted", 0), ("majority", 1)):
+        scores = knn(bank, labels, query, torch.tensor([expected]), k=[3], num_classes=2, vote=vote)
+        assert scores.first()["top1"] == 1.0
+
+
+def test_the_recall_of_a_shortlist_is_measured_and_is_one():
+    bank, queries = seeded(600, 16), seeded(450, 16, seed=1)
+    labels = torch.zeros(600, dtype=torch.int64)
+    scores = knn(bank, labels, queries, labels[:450], k=[3, 10], num_classes=1, index="shortlist")
+    assert scores.search["recall"] == 1.0
+    assert scores.search["recall_queries"] == 150  # every third
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def _over_ranks(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: dict) -> list:
+    scores = knn(bank, labels, queries, truth, over_ranks=True, **settings)
+    return [scores.rows, scores.index]
+
+
+@pytest.mark.parametrize("num", [1, 4, 301])
+def test_two_ranks_with_unequal_slices_find_what_one_process_finds(num, two_ranks):
+    bank, queries = seeded(num, 6).round(), seeded(37, 6, seed=1).round()
+    labels, truth = torch.arange(num) % 3, torch.arange(37) % 3
+    for metric in ("cosine", "euclidean"):
+        settings = {"k": [1, 20], "num_classes": 3, "metric": metric, "center": metric == "cosine"}
+        alone = knn(bank, labels, queries, truth, **settings)
+        for found, index in two_ranks.run(_over_ranks, bank, labels, queries, truth, settings):
+            assert found == alone.rows
+            assert "2 slices" in index
+
+
+def call(*overrides: str) -> dict:
+    register(knn_command.KnnConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("knn", overrides=[*overrides, "device=cpu", "threads=1"])
+    return knn_command.run(config)
+
+
+def _command(folder: str, words: list[str]) -> dict:
+    os.chdir(folder)
+    result = call(*words)
+    return {"metrics": result["metrics"], "num": result["protocol"]["data"]["num_train"], "path": result["path"]}
+
+
+@pytest.mark.parametrize("num_test", [1, 37])
+def test_the_command_on_two_ranks_gives_the_numbers_of_one(num_test, two_ranks, tmp_path, monkeypatch):
+    words = ["ckpt=pixels", "data=embedded", "data.source.num_train=121", f"data.source.num_test={num_test}"]
+    monkeypatch.chdir(tmp_path)
+    alone = call(*words, "out=alone")
+    for extra in ([], ["bank_gib=0"]):
+        for answer in two_ranks.run(_command, str(tmp_path), [*words, *extra, "out=both"]):
+            assert answer["metrics"] == alone["metrics"]
+            assert answer["num"] == 121
+    assert json.loads(Path("both/knn.json").read_text())["metrics"] == alone["metrics"]
+    assert os.listdir("both") == ["knn.json"]
+
+
+# ---- a bank on disk ------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_that_memory_may_not_hold_gives_the_same_numbers_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["ckpt=pixels", "data=embedded", "data.source.num_train=120", "data.source.num_test=36"]
+    in_memory, on_disk = call(*words), call(*words, "bank_gib=0", "out=disk")
+    assert on_disk["metrics"] == in_memory["metrics"]
+    assert "memory-mapped file in disk" in " ".join(on_disk["protocol"]["notes"])
+    assert not any("memory-mapped" in note for note in in_memory["protocol"]["notes"])
+    assert os.listdir("disk") == ["knn.json"]
+
+
+def test_a_store_maps_what_is_larger_than_its_limit(tmp_path):
+    store = FeatureStore(tmp_path, limit_gib=1000 / 2**30)
+    assert store(25, 10) is None
+    mapped = store(26, 10)
+    assert mapped is not None
+    assert mapped.shape == (26, 10)
+    assert not mapped.any()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="bank_gib must be 0 or more"):
+        FeatureStore(tmp_path, limit_gib=-1)
+
+
+def test_reading_a_mapped_bank_takes_no_memory_of_its_size(tmp_path):
+    num, dim = 60_000, 256  # 61 MB
+    bank = FeatureStore(tmp_path, limit_gib=0)(num, dim)
+    assert bank is not None
+    bank.copy_(seeded(num, 1).expand(num, dim))
+    before = anonymous_kib()
+    highest = 0
+
+    class Watched(Rows):
+        def prepare(self, features: Tensor) -> Tensor:
+            nonlocal highest
+            highest = max(highest, anonymous_kib())
+            return super().prepare(features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK_BYTES", 2**21)
+        nearest(Watched(bank, "euclidean", CPU), seeded(3, dim), 5, index="torch")
+    assert highest - before < 30_000
+
+
+def anonymous_kib() -> int:
+    """Memory of this process that no file backs."""
+    words = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return next(int(found[1]) for found in words if found[0] == "RssAnon:")
+
+
+def test_gaps_are_closed_in_place(monkeypatch):
+    monkeypatch.setattr("eval.bank.BLOCK_BYTES", 4 * 2 * 3)  # three rows at a time
+    features = torch.arange(40.0).view(20, 2)
+    kept = torch.tensor([0, 2, 3, 7, 8, 9, 15, 19])
+    expected = features[kept].clone()
+    closed = close_gaps(features, kept)
+    assert torch.equal(closed, expected)
+    assert closed.data_ptr() == features.data_ptr()
+
+
+@pytest.mark.parametrize(("maximum", "expected"), [("max", 4096_000), ("3000000", 3000000 - 1000000 + 400000)])
+def test_free_memory_is_the_smaller_of_the_systems_and_the_containers(tmp_path, maximum, expected):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   4000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{maximum}\n")
+    (group / "memory.current").write_text("1000000\n")
+    (group / "memory.stat").write_text("anon 600000\nfile 400000\n")
+    assert free_bytes(tmp_path) == expected
+    assert free_bytes(tmp_path / "nowhere") == float("inf")
+
+
+# ---- few labels ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_of_few_images_per_class_is_drawn_several_times(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["ckpt=pixels", "data=embedded", "data.source.num_train=240", "data.source.num_test=60", "k=[1,3]"]
+    result = call(*words, "train_amount=2", "draws=3", "seed=5")
+    metrics, protocol = result["metrics"], result["protocol"]
+    each = [call(*words, "train_amount=2", "draws=1", f"seed={seed}")["metrics"]["top1"] for seed in (5, 6, 7)]
+    assert metrics["top1"] == pytest.approx(np.mean(each))
+    assert metrics["top1_std"] == pytest.approx(np.std(each, ddof=1))
+    assert metrics["top1"] == metrics["top1_k1_T0.07"]
+    assert {"top1_k3_T0.07", "top1_std_k3_T0.07"} <= set(metrics)
+    assert (protocol["draws"], protocol["bank"]) == (3, [24, 24, 24])
+    assert result["path"].endswith("knn_2_per_class.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["draws=3"], "draws=3 has no effect"),
+        (["train_amount=2", "draws=0"], "draws must be 1 or more"),
+        (["vote=majority", "temperature=[0.1]"], "no effect with vote=majority"),
+        (["bank_gib=-1"], "bank_gib must be 0 or more"),
+    ],
+)
+def test_settings_of_the_command_without_meaning_are_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call("ckpt=pixels", "data=embedded", "data.source.num_train=24", "data.source.num_test=6", *words)
+
+
+def test_ranks_agree_on_where_the_features_lie(two_ranks, tmp_path):
+    values = two_ranks.run(_share, str(tmp_path))
+    assert values == [[0.0, 0.0, 1.0, 1.0]] * 2
+    assert os.listdir(tmp_path) == []
+
+
+def _share(folder: str) -> list[float]:
+    shared = FeatureStore(Path(folder), limit_gib=0 if distributed.is_main() else 1)(4, 1)
+    assert shared is not None
+    shared[2 * distributed.rank() : 2 * distributed.rank() + 2] = distributed.rank()
+    distributed.barrier()
+    return shared[:, 0].tolist()
