@@ -116,7 +116,7 @@ class OnlineHealth:
 
     `views` of each of `view_images` images give LiDAR besides; 0 leaves it out. What looks like collapse (see
     `eval.collapse`) is said in a warning, when it begins; with `stop_on_collapse` it ends the run once a second
-    evaluation in a row agrees. The first evaluation of a run is what later ones are compared with.
+    evaluation in a row agrees. The untrained model is what later ones are compared with.
     """
 
     def __init__(
@@ -168,6 +168,10 @@ class OnlineHealth:
         if self._start is None:
             self._start = {"step": subject.step, **metrics}
         return self._judge(subject, metrics, signs)
+
+    def begin(self, subject: OnlineSubject) -> None:
+        """Look at the untrained model, with which later evaluations are compared."""
+        self(subject)
 
     def state(self) -> dict[str, Any]:
         """What a run that is continued goes on from: the first evaluation, and how many in a row saw a collapse."""

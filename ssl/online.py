@@ -57,7 +57,7 @@ class Evaluation(Protocol):
     """What the group `online` names by `_target_`.
 
     One that keeps something over the run, such as the best value so far, also offers `state() -> dict` of JSON values
-    and `load(dict)`, which a checkpoint carries.
+    and `load(dict)`, which a checkpoint carries. One that compares with the untrained model offers `begin(subject)`.
     """
 
     def __call__(self, subject: OnlineSubject) -> dict[str, float]:

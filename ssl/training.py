@@ -202,8 +202,8 @@ def train(
         latest.update(metrics)
         tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
 
-    def on_evaluate(step: int) -> dict[str, float]:
-        subject = OnlineSubject(
+    def subject(step: int) -> OnlineSubject:
+        return OnlineSubject(
             method=method,
             image_size=spec.image_size,
             channels=images.channels,
@@ -219,7 +219,9 @@ def train(
             threads=config.loader.threads,
             warn=log.warning if main else lambda text: None,
         )
-        return _evaluate(evaluations, subject, ended)
+
+    def on_evaluate(step: int) -> dict[str, float]:
+        return _evaluate(evaluations, subject(step), ended)
 
     def on_save(step: int) -> None:
         if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == stop_step or ended):
@@ -277,6 +279,8 @@ def train(
     )
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
+    if trainer.evaluate is not None and start_step == 0 and stop_step >= trainer.evaluate_every_steps:
+        _show_start(evaluations, subject(0))
     try:
         with loader:
             batches = loader.batches(
@@ -347,6 +351,16 @@ def _evaluate(evaluations: Mapping[str, Evaluation], subject: OnlineSubject, end
         verdict.metrics = metrics
         raise verdict
     return metrics
+
+
+@torch.no_grad()
+def _show_start(evaluations: Mapping[str, Evaluation], subject: OnlineSubject) -> None:
+    """Let evaluations that compare with it see the model before its first step."""
+    subject.method.eval()
+    for evaluation in evaluations.values():
+        if hasattr(evaluation, "begin"):
+            evaluation.begin(subject)  # pyright: ignore[reportAttributeAccessIssue]
+    subject.method.train()
 
 
 def _load_evaluations(evaluations: Mapping[str, Evaluation], states: Mapping[str, Any]) -> None:
