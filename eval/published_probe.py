@@ -123,6 +123,9 @@ def train_and_report(
         kept, rest = split_held_out(source.labels, fraction, config.seed)
         source, held_out = Subset(splits.train, kept), Subset(splits.train, rest)
     notes = notes + _fit_batch(config, source)
+    next_command = f"python -m eval.knn {same_subject(config)}"
+    config.ckpt = _one_spelling(config.ckpt, judged)
+    config.wandb.name = config.wandb.name or "/".join([*subject.folder.parts[-2:], judged.name])
     out = judged.folder / judged.name
     _check_backbone(out, judged)
 
@@ -187,7 +190,7 @@ def train_and_report(
 
     result = report(config, judged, score)
     if distributed.is_main():
-        print(f"next: python -m eval.knn {same_subject(config)}", flush=True)
+        print(f"next: {next_command}", flush=True)
     return result
 
 
@@ -290,6 +293,13 @@ def _identity(judged: Judged) -> str:
     """What tells the judged backbone from every other."""
     checkpoint = judged.subject.identity["checkpoint"]
     return checkpoint["sha256"] if checkpoint else judged.subject.title
+
+
+def _one_spelling(ckpt: str, judged: Judged) -> str:
+    """The checkpoint's whole path, so that a probe can be continued from another folder; as given where it has none."""
+    checkpoint = judged.subject.identity["checkpoint"]
+    path = Path(checkpoint["path"] if checkpoint else "")
+    return str(path.resolve()) if checkpoint and path.exists() else ckpt
 
 
 def _check_backbone(out: Path, judged: Judged) -> None:

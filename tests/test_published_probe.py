@@ -109,9 +109,9 @@ def batches(count: int, size: int = 8) -> list[dict]:
     ]
 
 
-def trained(method: ProbeHeads, steps: int, lr: float) -> ProbeHeads:
+def trained(method: ProbeHeads, steps: int, lr: float, optimizer_name: str = "sgd", **options) -> ProbeHeads:
     groups = parameter_groups(method, weight_decay=0.0, lr_scales=method.lr_scales)
-    optimizer = make_optimizer(groups, name="sgd", lr=lr, momentum=0.9)
+    optimizer = make_optimizer(groups, name=optimizer_name, lr=lr, momentum=0.9, **options)
     method.train()
     for step, batch in enumerate(batches(steps)):
         set_lr(optimizer, lr * (1 - step / steps))
@@ -135,6 +135,25 @@ def test_the_mae_head_is_a_batchnorm_without_affine_and_a_linear_layer():
     method.eval(), theirs.eval()
     torch.testing.assert_close(features @ weight.T + bias, theirs(features), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(method.logits(0, features)[0], theirs(features))
+
+
+def test_the_mae_head_moves_as_their_lars_moves_it():
+    method = trained(small_heads(batchnorm=True, batchnorm_eps=1e-6), 5, 2.0, "lars", trust_coeff=0.001)
+    features = nn.Sequential(small_heads().backbone.eval(), nn.BatchNorm1d(512, affine=False, eps=1e-6))
+    weight, bias = torch.empty(5, 512).normal_(std=0.01, generator=torch.Generator().manual_seed(0)), torch.zeros(5)
+    moved = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step, batch in enumerate(batches(5)):
+        with torch.no_grad():
+            x = features[1](features[0](batch["views"][0]))
+        tensors = [each.clone().requires_grad_() for each in (weight, bias)]
+        loss = functional.cross_entropy(functional.linear(x, *tensors), batch["label"])
+        gradient = torch.autograd.grad(loss, tensors)
+        ratio = 0.001 * weight.norm() / gradient[0].norm()  # util/lars.py: of tensors of more than one dimension
+        moved = [0.9 * moved[0] + ratio * gradient[0], 0.9 * moved[1] + gradient[1]]
+        weight, bias = weight - 2.0 * (1 - step / 5) * moved[0], bias - 2.0 * (1 - step / 5) * moved[1]
+    linear = method.heads[0]
+    torch.testing.assert_close(linear.weight.detach(), weight, rtol=1e-4, atol=1e-7)  # pyright: ignore
+    torch.testing.assert_close(linear.bias.detach(), bias, rtol=1e-4, atol=1e-7)  # pyright: ignore
 
 
 def test_heads_trained_together_equal_linear_layers_trained_alone_at_their_own_rates():
@@ -223,6 +242,7 @@ def test_mae_takes_lars_at_6_4_for_90_epochs_with_10_of_warmup():
         assert peak * schedule.factor(int(epoch * per_epoch)) == pytest.approx(theirs, rel=1e-9)
     assert peak * schedule.factor(5 * per_epoch) == pytest.approx(3.2, rel=2e-3)
     assert (config.head.batchnorm, config.head.batchnorm_eps, config.head.init_std) == (True, 1e-6, 0.01)
+    assert (config.layers, config.pooling) == ("last", "token")
 
 
 def test_simclr_takes_nesterov_at_1_6_for_90_epochs_without_warmup():
@@ -360,7 +380,7 @@ def test_a_batch_of_more_images_than_there_are_is_taken_down_and_the_rate_follow
     assert protocol["global_batch_size"] == 120
     assert protocol["choice"]["lr"] == pytest.approx(0.1 * 120 / 256)
     assert protocol["departures"]["trainer.global_batch_size"] == [16384, 120]
-    assert "the batch is 120 images instead of 16,384" in protocol["notes"][0]
+    assert any("the batch is 120 images instead of 16,384" in note for note in protocol["notes"])
 
 
 class Watched(Embedded):
@@ -386,6 +406,24 @@ def test_no_test_image_is_opened_before_the_choice_is_made(a_vit: Path, monkeypa
     first = splits.index("test")
     assert set(splits[first:]) == {"test"}
     assert {index for _, index in Watched.reads[first:]} == set(range(24))
+
+
+def test_a_probe_is_continued_however_its_checkpoint_is_spelled(a_run: Path, monkeypatch):
+    words = ["protocol=simclr", *SHORT]
+    before = call(f"ckpt={a_run}", *words)
+    monkeypatch.chdir(a_run.parent)
+    again = call("ckpt=run/checkpoints/step_00000012", *words, "batch_size=7")
+    assert again["metrics"] == before["metrics"]
+    with pytest.raises(ValueError, match=r"another recipe:\n  optim.base_lr: 0.1 -> 0.2"):
+        call("ckpt=run", *words, "optim.base_lr=0.2")
+
+
+def test_other_features_than_the_protocol_s_have_a_name_of_their_own(a_vit: Path):
+    protocol = call(f"ckpt={a_vit}", "protocol=mae", *SHORT, "pooling=patches")["protocol"]
+    assert protocol["departures"]["pooling"] == ["token", "patches"]
+    assert protocol["pooling"] == "patches"
+    assert (a_vit / "eval" / "linear_probe_mae_patches.json").is_file()
+    assert load_head(a_vit / "eval" / "linear_probe_mae_patches.head").features["pooling"] == "patches"
 
 
 def test_another_backbone_is_not_judged_by_heads_that_are_there(a_run: Path):
