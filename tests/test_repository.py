@@ -140,8 +140,14 @@ def test_only_distributed_and_the_trainer_touch_torch_distributed() -> None:
 
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[<>=;\[ ]", line)[0] for line in project["dependencies"]}
-    distribution = {"hydra": "hydra-core", "PIL": "pillow", "faiss": "faiss-gpu"}
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[<>=;\[ ]", line)[0] for line in lines}
+    distribution = {
+        "hydra": "hydra-core",
+        "PIL": "pillow",
+        "faiss": "faiss-gpu",
+        "huggingface_hub": "huggingface-hub",
+    }
     ours = {"ssl", "eval", *sys.stdlib_module_names}
     imported = {module.split(".")[0] for _, module in _imports(*CODE)} - ours
     assert {distribution.get(name, name) for name in imported} <= declared
