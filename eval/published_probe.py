@@ -70,8 +70,8 @@ def run(config: DictConfig, *, schema: type) -> dict[str, Any]:
     def here() -> dict[str, Any]:
         return train_and_report(config, judged, sets, notes, schema=schema)
 
-    if not HydraConfig.initialized():  # called from Python: there is no command line to run again
-        return here()
+    if not HydraConfig.initialized() or HydraConfig.get().job.config_name != "linear_probe":
+        return here()  # called from Python or by another command: its command line cannot be run again for this
     result = launch(config, run=here, module="eval.linear_probe", out=judged.folder)
     if result is None:  # the processes have written it
         path = judged.folder / f"{judged.name}.json"

@@ -132,7 +132,8 @@ def test_the_mae_head_is_a_batchnorm_without_affine_and_a_linear_layer():
             features = pooled_features(method.backbone, batch["views"][0])
         torch.testing.assert_close(method(batch)["loss"], functional.cross_entropy(theirs(features), batch["label"]))
     weight, bias = method.folded(0)
-    method.eval(), theirs.eval()
+    method.eval()
+    theirs.eval()
     torch.testing.assert_close(features @ weight.T + bias, theirs(features), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(method.logits(0, features)[0], theirs(features))
 
