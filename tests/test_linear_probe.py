@@ -250,7 +250,7 @@ def test_multi_label_heads_are_one_binary_regression_per_class():
     for label in range(3):
         exact = LogisticRegression(C=1 / (400 * 1e-2), tol=1e-8, max_iter=2000).fit(features, labels[:, label])
         assert np.allclose(heads.weight[:, label], exact.coef_[0], atol=1e-3)
-        assert heads.bias[label].item() == pytest.approx(exact.intercept_[0], abs=1e-3)
+        assert heads.bias[label].item() == pytest.approx(exact.intercept_[0], rel=2e-3, abs=2e-3)
 
 
 def test_the_multi_label_gradient_is_that_of_binary_cross_entropy():
