@@ -9,6 +9,9 @@ facebookresearch/dino's eval_knn.py: a matrix product and a topk per chunk of a 
 
 from __future__ import annotations
 
+import ssl.openmp  # before torch  # noqa: F401
+
+# isort: split
 import argparse
 import time
 from collections.abc import Callable

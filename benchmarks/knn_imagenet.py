@@ -14,6 +14,9 @@ class and a few directions carry most of the variance. The bank is in random ord
 
 from __future__ import annotations
 
+import ssl.openmp  # before torch  # noqa: F401
+
+# isort: split
 import argparse
 import tempfile
 import threading

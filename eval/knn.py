@@ -141,7 +141,7 @@ def find(rows: Rows, queries: Tensor, count: int, *, index: str, over_ranks: boo
 def recall(rows: Rows, queries: Tensor, found: Found, *, over_ranks: bool) -> dict[str, Any]:
     """Which share of the nearest that the exact search finds is `found`, on an evenly spaced sample of the queries."""
     some = slice(None, None, -(-len(queries) // RECALL_QUERIES))
-    exact = find(rows, queries[some], found.place.shape[1], index="auto", over_ranks=over_ranks)
+    exact = find(rows, queries[some], found.place.shape[1], index="torch", over_ranks=over_ranks)
     same = (found.place[some, :, None] == exact.place[:, None, :]).any(2)  # (S, k)
     return {"recall": same.double().mean().item(), "recall_queries": len(same), "looked_for_again": found.num_open}
 
