@@ -87,6 +87,7 @@ def same_subject(config: DictConfig) -> str:
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     shared = {field.name for field in fields(EvalConfig)} - {"name"}
     words = [word for word in typed if word.split("=")[0].split(".")[0] in shared]
+    words = [word for word in words if not word.startswith("pooling=[")]  # a grid's; other commands read one pooling
     own = f"ckpt={config.ckpt}"
     return shlex.join(words if own in words else [own])  # called from Python nothing was typed
 

@@ -37,7 +37,7 @@ class EvalConfig:
     seed: int = 0
     device: Device = Device.auto
     precision: Precision = Precision.auto
-    pooling: str = "model"  # model: what timm's classifier would read; patches: the mean of a ViT's patch tokens
+    pooling: str = "model"  # what timm's classifier would read; token patches token_patches (ViT), grid (convnet)
     batch_size: int = 256  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # folder of the JSON; null: <run folder>/eval

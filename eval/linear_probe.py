@@ -74,11 +74,15 @@ def score(config: DictConfig, judged: Judged) -> tuple[dict[str, float], dict[st
     metrics = [headline(each, truth, multi_label=splits.multi_label) for each in logits]
     by_class = [details(each, truth, splits.classes, multi_label=splits.multi_label) for each in logits]
     settings = describe(config, grid, judged, dimensions) | outcome(config, draws, metrics)
+    sizes = {
+        "num_train_of_class": class_sizes(labels, splits.classes),
+        "num_test_of_class": class_sizes(truth, splits.classes),
+    }
     if config.train_amount is None:
-        settings |= {"weights": save(judged, draws[0].selection), "details": by_class[0]}
+        settings |= {"weights": save(judged, draws[0].selection), "details": sizes | by_class[0]}
     else:
         of_draws = [describe_draw(*each) for each in zip(draws, metrics, by_class)]
-        settings |= {"details": {"draws": of_draws}}
+        settings |= {"details": sizes | {"draws": of_draws}}
     return mean_and_deviation(metrics), settings, title(config, draws)
 
 
@@ -189,6 +193,12 @@ def outcome(config: DictConfig, draws: Sequence[Draw], metrics: Sequence[dict[st
     }
     name = next(iter(metrics[0]))
     return found | {f"draws_{name}": [each[name] for each in metrics], "notes": notes}
+
+
+def class_sizes(labels: Tensor, classes: Sequence[str]) -> dict[str, int]:
+    """How many images each class has, by name; labels (N,) or multi-hot (N, C)."""
+    count = labels.sum(0) if labels.ndim == 2 else torch.bincount(labels, minlength=len(classes))  # (C,)
+    return dict(zip(classes, count.tolist(), strict=True))
 
 
 def describe_draw(draw: Draw, metrics: dict[str, float], by_class: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ SOLVERS = ("sgd", "lbfgs")
 LR = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAY = {
     "sgd": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # a few images per class want the largest
-    "lbfgs": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # none at all would have no minimum where classes are separable
+    "lbfgs": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),  # none at all would have no minimum where classes are separable
 }
 STEPS, BATCH_SIZE = 2000, 512
 SMALL = 5000

@@ -119,7 +119,8 @@ def test_details_hold_the_confusion_and_the_accuracy_of_each_class():
     written = json.loads(path.read_text())
     counts = np.array(written["details"]["confusion"]["rows"])
     assert written["details"]["confusion"]["classes"] == judged.splits.classes
-    assert counts.sum(1).tolist() == [3] * 12
+    assert counts.sum(1).tolist() == list(written["details"]["num_test_of_class"].values()) == [3] * 12
+    assert list(written["details"]["num_train_of_class"].values()) == [10] * 12
     assert counts.trace() / 36 == pytest.approx(written["metrics"]["top1"])
     assert list(written["details"]["per_class"].values()) == pytest.approx((counts.diagonal() / 3).tolist())
     lines = [line.strip(" ,") for line in path.read_text().splitlines()]
