@@ -129,6 +129,7 @@ class TrainerConfig:
     checkpoint_every_steps: int = 500
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of this are never removed
+    profile_steps: int | None = None  # time so many steps, trace as many more: <run folder>/profile
     pictures: bool = True  # views and reconstructions, at each checkpoint
 
 
@@ -271,6 +272,11 @@ def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
         value = getattr(trainer, name)
         if value is not None and value < 1:
             raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    if trainer.profile_steps is not None and not 1 <= trainer.profile_steps <= 100:
+        raise ValueError(
+            f"trainer.profile_steps must be 1 to 100, because a trace of more cannot be opened, or null for no "
+            f"profile; got {trainer.profile_steps}"
+        )
     if trainer.ema_decay is not None and not 0 <= trainer.ema_decay < 1:
         raise ValueError(f"trainer.ema_decay must lie in [0, 1), or be null for no average; got {trainer.ema_decay}")
     if trainer.ema_decay is not None and trainer.swa_start_epoch is not None:

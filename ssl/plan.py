@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl.chips import device_peak
 from ssl.methods.base import Batch, Method
 
 
@@ -34,12 +37,48 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
 
 
-def describe_plan(method: Method, augment: nn.Module, few: Batch, *, stop_step: int, steps_per_epoch: int) -> str:
-    """One line: length, parameters and operations per image."""
+def describe_plan(method: Method, flops: float, *, stop_step: int, steps_per_epoch: int) -> str:
+    """One line: length, parameters and operations per image; `flops` is what `flops_per_image` says."""
     total, trainable = count_parameters(method)
     frozen = "" if trainable == total else f" ({trainable / 1e6:.2f} M trained)"
     return (
         f"{stop_step} steps = {stop_step / steps_per_epoch:.4g} epochs of {steps_per_epoch} steps; "
         f"{total / 1e6:.2f} M parameters{frozen}, backbone {count_parameters(method.backbone)[0] / 1e6:.2f} M; "
-        f"{flops_per_image(method, augment, few) / 1e9:.3g} GFLOP per image and step"
+        f"{flops / 1e9:.3g} GFLOP per image and step"
     )
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """How much of what its chips can compute a run uses (MFU: Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    Counted are the operations that the model needs, so that what accumulation computes twice does not flatter it.
+    """
+
+    device: str
+    precision: str
+    flops_per_image: float
+    num_devices: int
+    peak_tflops: float | None
+    """Of one device; None where it is not known, on a CPU for one."""
+
+    def mfu(self, images_per_second: float) -> float | None:
+        """The share of the peak, in 0..1; None where the peak is not known."""
+        if self.peak_tflops is None:
+            return None
+        return images_per_second * self.flops_per_image / (self.peak_tflops * 1e12 * self.num_devices)
+
+    def describe(self) -> str | None:
+        """One line on the chip's peak; None on a CPU."""
+        if self.device == "cpu":
+            return None
+        if self.peak_tflops is None:
+            return f"{self.device}: its peak in {self.precision} is not known to us, so no share of it is told"
+        peak = f"{self.peak_tflops:g} TFLOP/s at most in {self.precision}"
+        return f"{self.device}: {peak}, of which mfu is the share that the model's own operations make"
+
+
+def utilization(flops: float, *, device: torch.device, dtype: torch.dtype, num_devices: int) -> Utilization:
+    """What a run's images per second are measured against."""
+    name, precision, peak = device_peak(device, dtype)
+    return Utilization(name, precision, flops, num_devices, peak)

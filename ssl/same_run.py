@@ -28,6 +28,7 @@ FREE = (
     "trainer.keep_last",
     "trainer.keep_every_steps",
     "trainer.pictures",
+    "trainer.profile_steps",
     "trainer.compile",
     "trainer.eval_every_epochs",
     "online",

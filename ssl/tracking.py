@@ -216,6 +216,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[str]:
     """The metrics that a person watches, in words."""
     formats = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "lr": "lr {:.2e}"}
     formats |= {"images_per_second": "{:,.0f} images/s", "data_wait": "{:.0%} waiting for data"}
+    formats |= {"mfu": "{:.0%} of the chip's peak"}
     return [form.format(float(metrics[name])) for name, form in formats.items() if metrics.get(name) is not None]
 
 

@@ -24,6 +24,7 @@ import ssl.distributed as distributed
 from ssl.averaging import Average, weights_of
 from ssl.methods.base import Batch, Method
 from ssl.online import StopRun
+from ssl.profiling import OUTSIDE, StepProfiler
 from ssl.randomness import step_seed
 
 
@@ -68,6 +69,7 @@ class Trainer:
     last_saved: Callable[[], str] = lambda: "none"
     evaluate: Callable[[int], dict[str, float]] | None = None
     evaluate_every_steps: int = 1
+    profiler: StepProfiler | None = None
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
 
@@ -101,7 +103,8 @@ class Trainer:
         with _signals() as caught:
             for step in range(start_step, stop_step):
                 waited = time.perf_counter()
-                batch = next(batches)
+                with self._part("waiting for data"):
+                    batch = next(batches)
                 clock.waited += time.perf_counter() - waited
                 lr = self.lr(step)
                 self.set_lr(self.optimizer, lr)
@@ -116,7 +119,8 @@ class Trainer:
                     metrics |= {"lr": lr, **clock.lap(images)}
                     pending.clear()
                     if evaluating:
-                        found, verdict = self._evaluate(done)
+                        with self._part(OUTSIDE):
+                            found, verdict = self._evaluate(done)
                         metrics |= found
                         clock.restart()
                     self.log(done, metrics)
@@ -125,12 +129,20 @@ class Trainer:
                     self._collect(pending)
                     self._check_weights(done)
                     saving = time.perf_counter()
-                    self.save(done)
+                    with self._part(OUTSIDE):
+                        self.save(done)
                     clock.start += time.perf_counter() - saving  # throughput is that of training
                 if verdict is not None:
                     raise verdict
                 if stopping and not last:
                     raise Stopped(done, caught[0] if caught else "another rank")
+                if self.profiler is not None:
+                    profiling = time.perf_counter()
+                    self.profiler.step_done()
+                    clock.start += time.perf_counter() - profiling
+
+    def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
 
     def _evaluates_at(self, done: int, last: bool) -> bool:
         """At each multiple of `evaluate_every_steps`, and at the last step of a run that is no shorter than that."""
@@ -160,14 +172,15 @@ class Trainer:
             metrics = self._backward_coupled(parts, step)
         else:
             metrics = self._backward(parts, step)
-        if self.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.method.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.method, step + 1)
+        with self._part("optimizer"):
+            if self.clip_grad_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.method.parameters(), self.clip_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update(self.method, step + 1)
         return metrics
 
     def _backward(self, parts: list[Batch], step: int) -> dict[str, Tensor]:
@@ -176,9 +189,10 @@ class Trainer:
             views = self._prepare(part)
             with self._no_sync(unless=number == len(parts) - 1):
                 self._seed(step, number)
-                with self._autocast():
+                with self._part("forward"), self._autocast():
                     outputs = self.parallel(views)
-                self.scaler.scale(outputs["loss"] / len(parts)).backward()
+                with self._part("backward"):
+                    self.scaler.scale(outputs["loss"] / len(parts)).backward()
             for name, value in outputs.items():
                 value = value.detach().float() / len(parts)
                 totals[name] = totals[name] + value if name in totals else value
@@ -194,28 +208,33 @@ class Trainer:
         with torch.no_grad(), _running_statistics_kept(self.method):
             for number, part in enumerate(parts):
                 self._seed(step, number)
-                with self._autocast():
-                    embeddings.append(self.method(self._prepare(part), embed_only=True))
+                views = self._prepare(part)
+                with self._part("forward"), self._autocast():
+                    embeddings.append(self.method(views, embed_only=True))
         joined = torch.cat(embeddings).detach().requires_grad_()  # (B, V, Z)
-        with self._autocast():
+        with self._part("forward"), self._autocast():
             outputs = self.method.contrast(joined)  # pyright: ignore[reportCallIssue]
-        (gradient,) = torch.autograd.grad(self.scaler.scale(outputs["loss"]), joined)
+        with self._part("backward"):
+            (gradient,) = torch.autograd.grad(self.scaler.scale(outputs["loss"]), joined)
         start = 0
         for number, part in enumerate(parts):
             with self._no_sync(unless=number == len(parts) - 1):
                 self._seed(step, number)
-                with self._autocast():
-                    again = self.parallel(self._prepare(part), embed_only=True)
-                again.backward(gradient[start : start + len(again)].to(again.dtype))
+                views = self._prepare(part)
+                with self._part("forward"), self._autocast():
+                    again = self.parallel(views, embed_only=True)
+                with self._part("backward"):
+                    again.backward(gradient[start : start + len(again)].to(again.dtype))
                 start += len(again)
         return {name: value.detach().float() for name, value in outputs.items()}
 
     def _prepare(self, part: Batch) -> Batch:
-        moved = to_device(part, self.device)
-        with torch.no_grad():
+        with self._part("copy to device"):
+            moved = to_device(part, self.device)
+        with self._part("augment"), torch.no_grad():
             views = self.augment(moved)
-        if self.channels_last:
-            views["views"] = [view.contiguous(memory_format=torch.channels_last) for view in views["views"]]
+            if self.channels_last:
+                views["views"] = [view.contiguous(memory_format=torch.channels_last) for view in views["views"]]
         return views
 
     def _seed(self, step: int, part: int) -> None:

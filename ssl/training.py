@@ -36,7 +36,8 @@ from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.online import Evaluation, OnlineSubject, StopRun
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
 from ssl.pictures import reconstruction_panel, views_panel
-from ssl.plan import describe_plan
+from ssl.plan import describe_plan, flops_per_image, utilization
+from ssl.profiling import Profile, StepProfiler, steps_needed, write_summary
 from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
 from ssl.same_run import same_images, same_recipe
 from ssl.schedules import Schedule, make_schedule
@@ -167,7 +168,10 @@ def train(
     main = distributed.is_main()
     few = _first_images(loader, device, count=8)
     # On every rank: it runs the method forward, where contrastive losses wait for the others.
-    plan = describe_plan(method, augment, few, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
+    flops = flops_per_image(method, augment, few)
+    plan = describe_plan(method, flops, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
+    use = utilization(flops, device=device, dtype=dtype, num_devices=distributed.world_size())
+    profiling = _profiles(settings.profile_steps, start_step=start_step, stop_step=stop_step)
     tracker = Tracker(
         out,
         config=plain(config),
@@ -188,6 +192,7 @@ def train(
             f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
             f"{loader.describe()}{_ignored_note(source)}, views of {'x'.join(map(str, method.view_size))}",
             f"{plan}; {dtype_name(dtype)} on {device}",
+            *filter(None, [use.describe()]),
             f"{batch}{_statistics_note(batch, method)}",
             f"{arithmetic}; {schedule.describe()}{_average_note(average, settings)}",
             recipe_table(rows),
@@ -199,6 +204,8 @@ def train(
     ended: list[str] = []
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
+        mfu = use.mfu(metrics["images_per_second"])
+        metrics |= {} if mfu is None else {"mfu": mfu}
         latest.update(metrics)
         tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
 
@@ -255,6 +262,18 @@ def train(
                 _show(tracker, step, method, augment, few, mean=mean, std=std)
         distributed.barrier()  # nobody leaves, or says that it is saved, before it is
 
+    def on_profile(profile: Profile) -> None:
+        tracker.say(write_summary(profile, loader, out / "profile"))
+
+    profiler = None
+    if main and profiling:
+        profiler = StepProfiler(
+            settings.profile_steps,
+            folder=out / "profile",
+            device=device,
+            global_batch_size=global_batch_size,
+            report=on_profile,
+        )
     trainer = Trainer(
         method,
         augment,
@@ -276,6 +295,7 @@ def train(
         last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
         evaluate=on_evaluate if evaluations and settings.eval_every_epochs else None,
         evaluate_every_steps=max(round((settings.eval_every_epochs or 1) * steps_per_epoch), 1),
+        profiler=profiler,
     )
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
@@ -296,8 +316,26 @@ def train(
             what_next = f"\nnext: {next_command}" if next_command else ""
             print(f"the run {was} at step {max(start_step, stop_step)}: {out}{what_next}", flush=True)
     finally:
+        if profiler is not None:
+            profiler.close()
         tracker.close()
     return latest
+
+
+def _profiles(profile_steps: int | None, *, start_step: int, stop_step: int) -> bool:
+    """Whether this start of a run is profiled. ValueError for a run that is too short, a warning for what is left of
+    one.
+    """
+    if profile_steps is None or start_step >= stop_step:
+        return False
+    needed = steps_needed(profile_steps)
+    if stop_step - start_step >= needed:
+        return True
+    words = f"trainer.profile_steps={profile_steps} needs {needed} steps (to warm up, to time, to trace)"
+    if start_step == 0:
+        raise ValueError(f"{words} and the run has {stop_step}; lower it, or lengthen the run")
+    log.warning("%s and only %d are left; no profile is written", words, stop_step - start_step)
+    return False
 
 
 def _make_average(method: Method, settings: Any, *, steps_per_epoch: int, stop_step: int) -> Average | None:
