@@ -7,6 +7,7 @@ the times. On a GPU the parts are timed on its own clock, between events in its 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -210,7 +211,7 @@ def exposed_all_reduce(events: Iterable[Any]) -> float:
     events = list(events)
     on_device = [event for event in events if _is_device(event)]
     if on_device:
-        reducing = [event for event in on_device if "nccl" in event.name.lower()]
+        reducing = [event for event in on_device if re.search("nccl.*allreduce", event.name, re.IGNORECASE)]
         working = [event for event in on_device if "nccl" not in event.name.lower()]
     else:
         reducing = [event for event in events if event.name.startswith("gloo:all_reduce")]

@@ -6,11 +6,12 @@ import gzip
 import json
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from ssl.chips import device_peak, peak_tflops
@@ -155,6 +156,32 @@ def test_intervals_are_those_of_a_grid():
         beside = [any(start <= x < end for start, end in theirs) for x in range(80)]
         assert length(ours) == sum(inside)
         assert length(without(ours, theirs)) == sum(a and not b for a, b in zip(inside, beside))
+
+
+@dataclass
+class Event:
+    """A kernel on the device, as the profiler gives it."""
+
+    name: str
+    start: float
+    end: float
+    device_type: DeviceType = DeviceType.CUDA
+
+    @property
+    def time_range(self) -> Event:
+        return self
+
+
+def test_on_a_gpu_only_all_reduce_that_no_kernel_hides_counts():
+    events = [
+        Event("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 10, 40),
+        Event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 50, 60),
+        Event("sm90_xmma_gemm_bf16", 0, 25),
+        Event("Memcpy HtoD (Pinned -> Device)", 38, 55),
+        Event("backward", 0, 60),  # our own range, drawn on the device's timeline
+        Event("aten::mm", 26, 30, DeviceType.CPU),
+    ]
+    assert exposed_all_reduce(events) == 13
 
 
 def test_two_ranks_wait_for_all_reduce_and_one_does_not(two_ranks):

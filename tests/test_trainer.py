@@ -126,6 +126,27 @@ def test_accumulation_takes_the_step_of_the_whole_batch(kind: str):
     assert_same_step(step_of(kind, norm=False, strip=True, accumulation=4), whole)
 
 
+class NotesPrecision(AsGiven):
+    """Notes what matrices are multiplied in where the views are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def forward(self, batch: Batch) -> Batch:
+        self.dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_views_are_made_in_full_precision_however_the_batch_is_cut(accumulation: int):
+    method = make_method("simclr", norm=False).train()
+    trainer = make_trainer(method, accumulation=accumulation, dtype=torch.bfloat16)
+    trainer.augment = NotesPrecision()
+    trainer.step(make_batch(method, num_views=2), step=0)
+    assert set(trainer.augment.dtypes) == {torch.float32}
+
+
 def test_two_ranks_with_accumulation_keep_all_negatives(two_ranks):
     alone = step_of("simclr", norm=False, strip=True)
     for got in two_ranks.run(_accumulate_on_rank):
