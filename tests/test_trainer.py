@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import ssl.distributed as distributed
+from ssl.averaging import MovingAverage, averaged_copy
 from ssl.methods.base import Batch, Method
 from ssl.methods.mae import MAE
 from ssl.methods.relative_location import RelativeLocation
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone
 from ssl.optim import make_optimizer, parameter_groups, set_lr
-from ssl.averaging import MovingAverage, averaged_copy
 from ssl.trainer import NotFinite, Stopped, Trainer, choose_dtype, total_steps
 
 SIZE = (24, 24)
