@@ -1,0 +1,70 @@
+"""Every command in docs/ composes: its groups, keys and types exist. Those of the README are run, in test_readme.py."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from eval.config import register
+from ssl.config import CONF, check, register_schemas
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SCHEMAS = {
+    "eval.knn": "KnnConfig",
+    "eval.linear_probe": "LinearProbeConfig",
+    "eval.finetune": "FinetuneConfig",
+    "eval.health": "HealthConfig",
+    "eval.predict": "PredictConfig",
+    "eval.features": "FeaturesConfig",
+    "eval.export": "ExportConfig",
+    "eval.suite": "SuiteConfig",
+    "eval.compare": "CompareConfig",
+    "ssl.pretrain": "PretrainConfig",
+}
+
+
+def commands() -> list[str]:
+    blocks = [
+        block for page in sorted(DOCS.glob("*.md")) for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    ]
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def composed(command: str) -> tuple[Any, type]:
+    words = shlex.split(command.replace("runs/<run>", "runs/a"))
+    name = words[words.index("-m") + 1]
+    module = importlib.import_module(name)
+    schema = getattr(module, SCHEMAS[name])
+    register_schemas()
+    register(schema)
+    words = words[words.index(name) + 1 :]
+    words = module.spell_out(words) if hasattr(module, "spell_out") else words
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(name.split(".")[1], overrides=words), schema
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_docs_composes(command: str):
+    config, schema = composed(command)
+    check(config, schema)
+    assert OmegaConf.to_container(config, resolve=True)
+
+
+def test_a_command_with_a_wrong_word_does_not_compose():
+    with pytest.raises(Exception, match="protocl"):
+        composed("python -m eval.linear_probe ckpt=runs/<run> protocl=mae")
+
+
+def test_files_that_the_docs_link_exist():
+    for page in DOCS.glob("*.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
