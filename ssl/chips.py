@@ -72,15 +72,16 @@ def peak_tflops(name: str, precision: str) -> float | None:
     return None
 
 
-def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[str, str, float | None]:
+def device_peak(device: torch.device, dtype: torch.dtype, *, convolutional: bool) -> tuple[str, str, float | None]:
     """How a device is called, what it multiplies in, and its TFLOP/s, None where unknown and for a CPU.
 
-    fp32 is tf32 where torch may use that.
+    fp32 is tf32 where torch's settings allow that, which by default they do in convolutions and not elsewhere.
     """
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     if device.type != "cuda":
         return device.type, precision, None
-    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+    tf32 = torch.get_float32_matmul_precision() != "highest" or (convolutional and torch.backends.cudnn.allow_tf32)
+    if precision == "fp32" and tf32:
         precision = "tf32"
     name = torch.cuda.get_device_name(device)
     return name, precision, peak_tflops(name, precision)

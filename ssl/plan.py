@@ -78,7 +78,9 @@ class Utilization:
         return f"{self.device}: {peak}, of which mfu is the share that the model's own operations make"
 
 
-def utilization(flops: float, *, device: torch.device, dtype: torch.dtype, num_devices: int) -> Utilization:
+def utilization(
+    flops: float, *, device: torch.device, dtype: torch.dtype, convolutional: bool, num_devices: int
+) -> Utilization:
     """What a run's images per second are measured against."""
-    name, precision, peak = device_peak(device, dtype)
+    name, precision, peak = device_peak(device, dtype, convolutional=convolutional)
     return Utilization(name, precision, flops, num_devices, peak)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ssl.openmp  # before torch  # noqa: F401
 
 # isort: split
+import inspect
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from ssl.command import run_command
 from ssl.config import DataConfig, build, check
 from ssl.data.bad_images import NUM_LISTED, BadImages
+from ssl.data.parquet import Parquet
 from ssl.data.prepared import (
     KINDS,
     Account,
@@ -340,7 +342,17 @@ def _summary(report: dict[str, Any], out: Path) -> Iterator[str]:
     else:
         yield "everything was there already"
     yield f"written: {out / REPORT}"
-    yield f"next: python -m ssl.pretrain data=parquet data.root={out}"
+    yield f"next: {next_command(report, out)}"
+
+
+def next_command(report: dict[str, Any], out: Path) -> str:
+    """How to train on what is prepared. A set that is not held in memory whole is streamed: to read single images of
+    its row groups in random order would be slow.
+    """
+    held_gib = inspect.signature(Parquet).parameters["held_gib"].default
+    largest = max(found["bytes_after"] for found in report["splits"].values())
+    stream = " data.source.stream=true" if largest > held_gib * 2**30 else ""
+    return f"python -m ssl.pretrain data=parquet data.root={out}{stream}"
 
 
 def _count(number: int, what: str) -> str:

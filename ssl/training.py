@@ -170,7 +170,9 @@ def train(
     # On every rank: it runs the method forward, where contrastive losses wait for the others.
     flops = flops_per_image(method, augment, few)
     plan = describe_plan(method, flops, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
-    use = utilization(flops, device=device, dtype=dtype, num_devices=distributed.world_size())
+    use = utilization(
+        flops, device=device, dtype=dtype, convolutional=channels_last, num_devices=distributed.world_size()
+    )
     profiling = _profiles(settings.profile_steps, start_step=start_step, stop_step=stop_step)
     tracker = Tracker(
         out,

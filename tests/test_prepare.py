@@ -25,7 +25,7 @@ from ssl.data.loader import Loader
 from ssl.data.parquet import Parquet
 from ssl.data.prepared import Size, store_image, target_size
 from ssl.data.views import View
-from ssl.prepare import main, register, run
+from ssl.prepare import main, next_command, register, run
 from tests.image_list import jpeg, png
 from tests.test_decode import PHOTOS, encode, smooth, with_orientation
 
@@ -454,6 +454,12 @@ def test_the_command_prints_what_it_did_and_what_comes_next(photos: Path, tmp_pa
     printed = capsys.readouterr().out
     assert "train: 12 images in 1 shard: 8 shrunk to a short side of 48, 4 copied byte for byte" in printed
     assert printed.endswith(f"next: python -m ssl.pretrain data=parquet data.root={out}\n")
+
+
+@pytest.mark.parametrize(("gib", "setting"), [(7, ""), (9, " data.source.stream=true")])
+def test_a_set_that_is_not_held_in_memory_is_streamed(gib: int, setting: str):
+    report = {"splits": {"train": {"bytes_after": gib * 2**30}, "test": {"bytes_after": 100}}}
+    assert next_command(report, Path("out")) == f"python -m ssl.pretrain data=parquet data.root=out{setting}"
 
 
 @pytest.mark.parametrize(

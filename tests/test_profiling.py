@@ -271,8 +271,8 @@ def test_an_unknown_chip_is_told_as_unknown_and_a_cpu_left_out():
     unknown = Utilization("A chip of tomorrow", "bf16", flops_per_image=1e9, num_devices=1, peak_tflops=None)
     assert unknown.mfu(100) is None
     assert "A chip of tomorrow: its peak in bf16 is not known" in str(unknown.describe())
-    assert device_peak(CPU, torch.bfloat16) == ("cpu", "bf16", None)
-    cpu = utilization(1e9, device=CPU, dtype=torch.float32, num_devices=1)
+    assert device_peak(CPU, torch.bfloat16, convolutional=False) == ("cpu", "bf16", None)
+    cpu = utilization(1e9, device=CPU, dtype=torch.float32, convolutional=True, num_devices=1)
     assert (cpu.mfu(100), cpu.describe()) == (None, None)
 
 
