@@ -10,6 +10,7 @@ from __future__ import annotations
 import ssl.openmp  # before torch  # noqa: F401
 
 # isort: split
+import glob
 import inspect
 import json
 import os
@@ -84,7 +85,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     _check_settings(config)
     threads = config.threads or available_cores()
     root = _base(config.data.root)
-    out = _open_out(Path(config.out).expanduser(), root)
+    out = _open_out(Path(config.out).expanduser(), config.data.root)
     size = Size(config.short_side, config.quality)
 
     # ---- what is to be done, and what is there ---------------------------------------------------------------------
@@ -152,16 +153,19 @@ def _check_settings(config: DictConfig) -> None:
 
 
 def _base(root: str | None) -> str:
-    """The folder that the originals lie below, "" where they lie in none."""
-    if root is None:
-        return ""
+    """The folder that the originals lie below, or their url; "" where they lie in none."""
+    if root is None or "://" in root:
+        return root or ""
     path = Path(root).expanduser()
-    return str(path if path.is_dir() else next((each for each in path.parents if each.is_dir()), ""))
+    if path.is_dir():
+        return str(path)
+    there = path.exists() or glob.has_magic(root)  # a file, or several; anything else the source refuses
+    return str(next((each for each in path.parents if each.is_dir()), "")) if there else ""
 
 
-def _open_out(out: Path, root: str) -> Path:
+def _open_out(out: Path, root: str | None) -> Path:
     """Make `out`. Raises ValueError where it and the originals lie in each other, OSError where it cannot be made."""
-    ours, theirs = out.resolve(), Path(root).resolve() if root else None
+    ours, theirs = out.resolve(), Path(root).expanduser().resolve() if root and "://" not in root else None
     if theirs is not None and (ours == theirs or theirs in ours.parents or ours in theirs.parents):
         raise ValueError(f"out={out} and the originals in {root} lie in each other; give an out= beside them")
     probe = out / f".writable-{os.getpid()}"

@@ -475,3 +475,19 @@ def test_a_mistake_ends_the_command_with_a_message(words: list[str], message: st
         run_main(monkeypatch, *words)
     assert end.value.code == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("root", "message"), [("nowhere", "nowhere does not exist"), ("*.parquet", "no file matches data.root=")]
+)
+def test_originals_that_are_not_there_are_told_by_their_source(root: str, message: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "out", "data=parquet" if "*" in root else "data=folder", f"data.root='{root}'")
+
+
+def test_files_named_by_a_glob_are_told_apart_by_their_paths(photos: Path, tmp_path: Path):
+    prepare_folder(photos, tmp_path / "one", "split=train")
+    prepare(tmp_path / "two", "data=parquet", f"data.root='{tmp_path / 'one' / '*-of-*.parquet'}'")
+    paths = pq.read_table(tmp_path / "two" / "train-00001-of-00002.parquet")["image"].combine_chunks().field("path")
+    assert paths.to_pylist() == [f"train-00001-of-00002.parquet row {row}" for row in range(4)]
