@@ -36,6 +36,9 @@ FREE = (
     "data.source.root",
     "data.source.download",
     "data.source.held_gib",
+    "data.source.readers",
+    "data.source.retries",
+    "data.source.storage_options",
     "data.in_memory_gib",
     "data.max_bad_fraction",
 )

@@ -1,7 +1,7 @@
 """Batches of uint8 crops and their views' parameters, made in threads ahead of the device.
 
-Which images a batch holds and how each is cropped is a pure function of (seed, step): threads, ranks, prefetch, the way
-the images are stored and a resume do not enter.
+Which images a batch holds and how each is cropped is a pure function of (seed, step): threads, ranks, prefetch, the
+speed of reads and a resume do not enter. How the images are stored only does where they are streamed, see WindowOrder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from ssl.data.decode import crop_resize
 from ssl.data.memory import MemoryImages, common_size, hold
 from ssl.data.policies import apply_policy_
 from ssl.data.reader import UNREADABLE, Reader
+from ssl.data.stream import Reading, groups_of
 from ssl.data.threads import ShouldStop, available_cores, chunk_bounds, run_ahead
+from ssl.data.window import Step, WindowOrder, sequential_steps
 from ssl.randomness import shuffle, uniforms
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class Loader:
     Every batch is its own memory, because the consumer may still hold the one before: at most `prefetch` + 1 exist
     beside those that the consumer keeps. `bad` tells the images that were replaced, `in_memory` whether the decoded set
     is held, `image_shape` (C, H, W) where all images agree (where they are not held: all of a sample).
+
+    A streamed source is never held, and its `image_shape` is None: groups of images are read ahead of the batches.
 
     `transform` is applied to each whole batch by one of the threads: where the model runs on the CPU, `Augment` belongs
     there. In the model's thread torch would cut each small step over all cores, which the loader's threads hold too,
@@ -94,9 +98,9 @@ class Loader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.reader = Reader(source, channels=channels)
         self.bad_list = BadList(source, seed=seed, max_fraction=max_bad_fraction)
-        self.memory = hold(
-            source, channels=channels, limit_gib=in_memory_gib, num_threads=self.threads, bad=self.bad_list
-        )
+        self.groups = groups_of(source)
+        limit_gib = in_memory_gib if self.groups is None else 0.0
+        self.memory = hold(source, channels=channels, limit_gib=limit_gib, num_threads=self.threads, bad=self.bad_list)
         self.image_shape = self._image_shape()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -119,6 +123,9 @@ class Loader:
             how = f"held in memory, {self.memory.num_bytes / 2**20:,.0f} MiB"
         else:
             how = f"decoded by {self.threads} thread{'s' * (self.threads > 1)}"
+        if self.groups is not None:
+            settings = self.groups.stream.settings
+            how += f", streamed in {len(self.groups):,} row groups, mixed in a window of {settings.window:,} images"
         return f"{len(self):,} images{size} {how}"
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
@@ -143,6 +150,8 @@ class Loader:
                 f"trainer.global_batch_size={global_batch_size} cannot be shared equally by {world_size} ranks; "
                 f"use a multiple of {world_size}"
             )
+        if self.groups is not None:
+            return self._stream(self._streamed_steps(start_step, stop_step, global_batch_size, rank, world_size))
         share = global_batch_size // world_size
 
         def jobs() -> Iterator[_BatchJob]:
@@ -158,6 +167,8 @@ class Loader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         first, last = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
+        if self.groups is not None:
+            return self._stream(sequential_steps(self.groups.starts, batch_size, first, last, epoch=epoch))
 
         def jobs() -> Iterator[_BatchJob]:
             for start in range(first, last, batch_size):
@@ -185,9 +196,44 @@ class Loader:
         make = _HeldBatch if self.memory is not None else _DecodedBatch
         return make(self, index, epoch)
 
+    def _streamed_steps(
+        self, start_step: int, stop_step: int, global_batch_size: int, rank: int, world_size: int
+    ) -> Iterator[Step]:
+        assert self.groups is not None
+        settings = self.groups.stream.settings
+        order = WindowOrder(
+            self.groups.starts,
+            seed=self.seed,
+            window=settings.window,
+            lanes=settings.lanes,
+            global_batch_size=global_batch_size,
+        )
+        self.groups.check_memory(order, world_size=world_size)
+        if rank == 0 and order.num_lanes % world_size:
+            log.warning(
+                "%d ranks share the %d lanes of %s, so several ranks read the same row groups; with data.source.lanes="
+                "%d (which divides the batch) each is read by one",
+                *(world_size, order.num_lanes, self.source.name, world_size),
+            )
+        return order.steps(start_step, stop_step, rank=rank, world_size=world_size)
+
+    def _stream(self, steps: Iterable[Step]) -> Iterator[Batch]:
+        """The steps' batches, each made when the groups of its images are here."""
+        iterator = self._read_ahead(steps)
+        self._open.add(iterator)
+        return iterator
+
+    def _read_ahead(self, steps: Iterable[Step]) -> Iterator[Batch]:
+        assert self.groups is not None
+        with self.groups.stream.reading(self.groups, steps) as reading:
+            jobs = (_StreamedBatch(self, step, reading) for step in reading)
+            yield from run_ahead(jobs, num_threads=self.threads, ahead=self.prefetch)
+
     def _image_shape(self) -> tuple[int, int, int] | None:
         if self.memory is not None:
             return (self.channels, *self.memory.pixels.shape[2:]) if self.memory.equal else None
+        if self.groups is not None:
+            return None
         size = common_size(self.source)
         return None if size is None else (self.channels, *size)
 
@@ -349,6 +395,22 @@ class _DecodedBatch(_BatchJob):
         for view, box, crops in zip(self.loader.views, boxes, self.crops):
             crop = crop_resize(pixels, tuple(box.tolist()), self.loader.size, view.interpolation)
             crops[slot] = torch.from_numpy(crop)
+
+
+class _StreamedBatch(_DecodedBatch):
+    """A batch whose images come in groups from afar."""
+
+    def __init__(self, loader: Loader, step: Step, reading: Reading):
+        super().__init__(loader, step.index, step.epoch)
+        self.step, self.reading = step, reading
+
+    def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
+        if self.reading.wait(self.index[start:stop], should_stop):
+            super().work(start, stop, should_stop)
+
+    def finish(self) -> Batch:
+        self.reading.done(self.step)
+        return super().finish()
 
 
 def _check_policies(views: Sequence[View], *, channels: int, fill: Sequence[float] | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl.data.bad_images import BadList
 from ssl.data.decode import crop_resize
 from ssl.data.reader import UNREADABLE, OtherSize, Reader
+from ssl.data.stream import groups_of
 from ssl.data.threads import Crew, ShouldStop
 
 if TYPE_CHECKING:
@@ -38,10 +39,14 @@ class SizesDiffer(Exception):
 
 
 def sample_sizes(source: Source, *, num: int = NUM_SAMPLED) -> np.ndarray:
-    """(height, width) of up to `num` images spread evenly, int64 (n, 2); unreadable ones are left out."""
-    reader = Reader(source, channels=3)
+    """(height, width) of up to `num` images spread evenly, int64 (n, 2); unreadable ones are left out.
+
+    Of a streamed source the images of two groups, because each is read whole.
+    """
+    reader, groups = Reader(source, channels=3), groups_of(source)
+    spread = np.unique(np.linspace(0, len(source) - 1, min(num, len(source))).astype(np.int64))
     sizes = []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(num, len(source))).astype(np.int64)):
+    for index in spread if groups is None else groups.sample(num):
         try:
             sizes.append(reader.open(int(index))[1])
         except UNREADABLE:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssl.data.decode import DecodeError, decode, image_size
+from ssl.data.stream import StreamError
 
 if TYPE_CHECKING:
     from ssl.data.sources import Source
@@ -30,10 +31,10 @@ class Reader:
         self._scratch = threading.local()
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """An image as the source has it. Raises OSError where its file cannot be read."""
+        """An image as the source has it. Raises OSError where its file cannot be read, StreamError for its group."""
         try:
             return self.source.read(index)
-        except UNREADABLE:
+        except (*UNREADABLE, StreamError):
             raise
         except Exception as error:
             raise self._named(index, error) from error

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from ssl.data.sources import Source
+from ssl.data.stream import groups_of
 from ssl.randomness import uniforms
 
 
 class Subset:
-    """The images of `source` at `indices`, in that order. ValueError for indices that it does not have."""
+    """The images of `source` at `indices`, in that order; of a streamed source in its own.
+
+    Raises ValueError for indices that it does not have.
+    """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.indices = np.asarray(indices, np.int64)  # (N,)
@@ -25,6 +29,8 @@ class Subset:
         self.labels = source.labels[self.indices]
         self.classes = source.classes
         self.num_ignored = source.num_ignored
+        groups = groups_of(source)
+        self.groups = None if groups is None else groups.subset(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,0 +1,592 @@
+"""Parquet streamed through fsspec: its order, what is read when, what is held, and what happens when reads fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from ssl.data import remote
+from ssl.data import stream as stream_module
+from ssl.data.loader import Loader
+from ssl.data.memory import common_size, sample_sizes
+from ssl.data.parquet import Parquet
+from ssl.data.sources import checksum
+from ssl.data.stream import StreamError
+from ssl.data.subset import Subset, limit
+from ssl.data.views import View
+from ssl.data.window import WindowOrder, sequential_steps
+from ssl.randomness import shuffle, uniforms
+from tests.image_list import png
+
+WHOLE = [View(crop="resize")]
+
+
+class Watched(LocalFileSystem):
+    """A local file system that tells which bytes were asked of it, and that can fail, hang and be slow."""
+
+    protocol = "watched"
+    reads: ClassVar[list[tuple[str, int, int]]] = []
+    failures: ClassVar[dict[int, int]] = {}
+    """By the number of bytes asked for: how many such reads fail."""
+    pace = staticmethod(lambda start: None)
+
+    def cat_file(self, path, start=None, end=None, **_):
+        assert None not in (start, end)
+        Watched.reads.append((str(path), start, end))
+        Watched.pace(start)
+        if Watched.failures.get(end - start, 0) > 0:
+            Watched.failures[end - start] -= 1
+            raise ConnectionResetError("the line broke")
+        return super().cat_file(path, start=start, end=end)
+
+    def unstrip_protocol(self, name):
+        return f"watched://{name}"
+
+
+fsspec.register_implementation("watched", Watched)
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    Watched.reads, Watched.failures, Watched.pace = [], {}, staticmethod(lambda start: None)
+    monkeypatch.setattr(remote, "FIRST_DELAY", 1e-4)
+    return Watched
+
+
+def picture(value: int) -> bytes:
+    return png(np.full((6, 6, 3), value, np.uint8))
+
+
+def write(root: Path, *, sizes: list[list[int]], split: str = "train", labels: str = "number") -> Path:
+    """A file per list in `sizes`, with row groups of these sizes; image n is of the colour n, and its label n % 7."""
+    root.mkdir(exist_ok=True)
+    number = 0
+    for file, groups in enumerate(sizes):
+        schema = pa.schema(
+            {
+                "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+                "label": pa.string() if labels == "text" else pa.int64(),
+            }
+        )
+        with pq.ParquetWriter(root / f"{split}-{file:02d}.parquet", schema) as writer:
+            for size in groups:
+                rows = range(number, number + size)
+                images = [{"bytes": picture(row % 256), "path": f"{row}.png"} for row in rows]
+                names = [f"class {row % 7}" if labels == "text" else row % 7 for row in rows]
+                columns = [pa.array(images, schema.field(0).type), pa.array(names)]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=max(size, 1))
+                number += size
+    return root
+
+
+SIZES = [[7, 5, 9], [8], [3, 11, 6, 7], [4, 10]]  # 70 images in 10 groups
+FLAT = [size for groups in SIZES for size in groups]
+
+
+def make(root: Path, source=None, **settings) -> Loader:
+    given = {name: settings.pop(name) for name in list(settings) if name in ("window", "lanes", "readers", "retries")}
+    source = source or Parquet(root=f"watched://{root}", **given)
+    settings = {"size": (6, 6), "channels": 3, "seed": 5, "threads": 2} | settings
+    return Loader(source, WHOLE, **settings)
+
+
+def indices(batches) -> list[list[int]]:
+    found = []
+    for batch in batches:
+        colours = batch["crops"][0][:, 0, 0, 0].tolist()
+        assert colours == batch["index"].tolist(), "a slot shows another image than its own"
+        assert batch["label"].tolist() == [index % 7 for index in batch["index"].tolist()]
+        found.append(batch["index"].tolist())
+    return found
+
+
+def joined(lists: list[list[int]]) -> list[int]:
+    return [item for each in lists for item in each]
+
+
+# ---- the order ---------------------------------------------------------------------------------------------------
+
+
+def order_of(sizes: list[int], *, window: int, lanes: int, batch: int, seed: int = 0) -> WindowOrder:
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    return WindowOrder(starts, seed=seed, window=window, lanes=lanes, global_batch_size=batch)
+
+
+ORDERS = [
+    ([13] * 24, 64, 4, 8),
+    ([1, 40, 2, 3, 90, 5, 7, 12], 16, 2, 10),  # groups larger than the window
+    ([5] * 30, 10**6, 5, 15),  # a window larger than the set
+    ([100], 7, 4, 4),
+    ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 9] * 4, 1, 8, 4),
+]
+
+
+@pytest.mark.parametrize(("sizes", "window", "lanes", "batch"), ORDERS)
+def test_every_image_comes_once_per_epoch_but_for_the_rest_of_the_batches(sizes, window, lanes, batch):
+    order = order_of(sizes, window=window, lanes=lanes, batch=batch)
+    for epoch in range(3):
+        steps = order.steps(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        seen = np.concatenate([step.index for step in steps])
+        assert len(seen) == sum(sizes) // batch * batch
+        assert len(np.unique(seen)) == len(seen)
+        assert set(seen.tolist()) <= set(range(sum(sizes)))
+
+
+@pytest.mark.parametrize(("sizes", "window", "lanes", "batch"), ORDERS)
+def test_a_lane_is_its_groups_images_sorted_by_group_start_plus_a_draw(sizes, window, lanes, batch):
+    order = order_of(sizes, window=window, lanes=lanes, batch=batch, seed=9)
+    num, num_lanes, epoch = sum(sizes), order.num_lanes, 2
+    reach = max(min(window, num) // num_lanes, 1)
+    row, begins = [], []  # the shuffled groups' images one behind another, and where each one's group begins
+    for group in shuffle(9, epoch, len(sizes), np.arange(len(sizes))).tolist():
+        begins += [len(row)] * sizes[group]
+        row += range(sum(sizes[:group]), sum(sizes[: group + 1]))
+    lists = []
+    for lane in range(num_lanes):
+        low, high = num * lane // num_lanes, num * (lane + 1) // num_lanes
+        draw = uniforms(9, epoch, np.array(row[low:high]), "window", 1)[:, 0].astype(float)
+        keys = [max(begin, low) - low + reach * number for begin, number in zip(begins[low:high], draw.tolist())]
+        lists.append([row[low + place] for place in np.argsort(keys, kind="stable")])
+    of_lane = batch // num_lanes
+    for number in range(order.steps_per_epoch):
+        expected = [image for images in lists for image in images[number * of_lane : (number + 1) * of_lane]]
+        assert order.step(epoch * order.steps_per_epoch + number).index.tolist() == expected
+
+
+@pytest.mark.parametrize(("sizes", "window", "lanes", "batch"), ORDERS)
+def test_no_batch_after_a_group_is_over_has_an_image_of_it(sizes, window, lanes, batch):
+    order = order_of(sizes, window=window, lanes=lanes, batch=batch)
+    over: set = set()
+    for step in order.steps(0, 2 * order.steps_per_epoch):
+        assert not over & set(step.needs)
+        in_groups = np.searchsorted(order.starts, step.index, "right") - 1
+        assert set(in_groups.tolist()) == {group for _, _, group in step.needs}
+        over |= set(step.over)
+    assert {use for step in order.steps(0, 2 * order.steps_per_epoch) for use in step.needs} <= over
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_a_batchs_images_do_not_depend_on_the_number_of_ranks(world_size):
+    order = order_of([5] * 30, window=40, lanes=4, batch=24)
+    for step in range(12):
+        shares = [order.step(step, rank=rank, world_size=world_size).index for rank in range(world_size)]
+        assert np.concatenate(shares).tolist() == order.step(step).index.tolist()
+
+
+def test_a_step_does_not_depend_on_the_steps_before():
+    first = order_of([13] * 24, window=64, lanes=4, batch=8)
+    alone = [order_of([13] * 24, window=64, lanes=4, batch=8).step(step).index.tolist() for step in (60, 3, 38)]
+    assert [first.step(step).index.tolist() for step in (60, 3, 38)] == alone
+
+
+def test_orders_differ_by_epoch_and_by_seed():
+    order, other = (order_of([13] * 24, window=64, lanes=4, batch=8, seed=seed) for seed in (0, 1))
+    assert order.step(0).index.tolist() != order.step(order.steps_per_epoch).index.tolist()
+    assert order.step(0).index.tolist() != other.step(0).index.tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_that_divide_the_lanes_need_different_groups_but_for_the_cut_ones(world_size):
+    order = order_of([13] * 40, window=104, lanes=4, batch=8)
+    needed = Counter()
+    for rank in range(world_size):
+        steps = order.steps(0, order.steps_per_epoch, rank=rank, world_size=world_size)
+        needed.update({use[2] for step in steps for use in step.needs})
+    assert set(needed) == set(range(40))
+    assert sum(needed.values()) <= 40 + world_size - 1
+
+
+def test_the_images_of_a_batch_come_from_as_many_groups_as_the_window_says():
+    """Of groups of 10 images a window of 400 has 40: in the middle of an epoch 100 draws find nearly all of them."""
+    order = order_of([10] * 400, window=400, lanes=4, batch=100)
+    middle = [order.step(step) for step in range(15, 25)]
+    distinct = [len({group for _, _, group in step.needs}) for step in middle]
+    assert 30 < np.mean(distinct) < 50
+
+
+def test_an_image_comes_at_most_a_window_after_its_group():
+    order = order_of([10] * 100, window=100, lanes=1, batch=10)
+    places = {int(index): place for place, index in enumerate(np.concatenate([s.index for s in order.steps(0, 100)]))}
+    begin = {int(group): 10 * place for place, group in enumerate(shuffle(0, 0, 100, np.arange(100)))}
+    moved = [places[index] - begin[index // 10] for index in range(1000)]
+    assert min(moved) > -100
+    assert 50 < max(moved) < 110
+
+
+def test_sequential_steps_read_each_group_once_and_let_it_go():
+    starts, seen = np.array([0, 4, 5, 11, 12]), []
+    over: set = set()
+    for step in sequential_steps(starts, 3, 2, 12, epoch=0):
+        seen += step.index.tolist()
+        assert not over & set(step.needs)
+        assert [g for *_, g in step.needs] == sorted(set((np.searchsorted(starts, step.index, "right") - 1).tolist()))
+        over |= set(step.over)
+    assert seen == list(range(2, 12))
+    assert over == {(0, 0, group) for group in range(4)}
+
+
+# ---- batches from a stream -----------------------------------------------------------------------------------------
+
+
+def test_streamed_batches_have_the_images_and_labels_of_the_window_order(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=2)
+    order = WindowOrder(np.cumsum([0, *FLAT]), seed=5, window=24, lanes=2, global_batch_size=8)
+    assert indices(loader.batches(start_step=0, stop_step=16, global_batch_size=8)) == [
+        order.step(step).index.tolist() for step in range(16)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_over_ranks_every_image_comes_once_per_epoch(tmp_path, world_size):
+    root = write(tmp_path / "set", sizes=[[7, 5, 9], [8, 3, 11, 6, 7], [4, 12]])  # 72 images
+    shares = []
+    for rank in range(world_size):
+        batches = make(root, window=24, lanes=4).batches(
+            start_step=9, stop_step=18, global_batch_size=8, rank=rank, world_size=world_size
+        )
+        shares += joined(indices(batches))
+    assert sorted(shares) == list(range(72))
+
+
+def test_a_resume_at_any_step_continues_with_the_same_batches(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    whole = indices(make(root, window=24, lanes=2).batches(start_step=0, stop_step=20, global_batch_size=8))
+    for start in (1, 7, 8, 13):
+        again = make(root, window=24, lanes=2).batches(start_step=start, stop_step=20, global_batch_size=8)
+        assert indices(again) == whole[start:]
+
+
+def test_threads_readers_and_slow_reads_do_not_change_batches(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    whole = indices(make(root, window=24, lanes=2).batches(start_step=0, stop_step=16, global_batch_size=8))
+    Watched.pace = staticmethod(lambda start: time.sleep(start % 7 / 2000))
+    for settings in ({"threads": 1, "readers": 0}, {"threads": 3, "readers": 1, "prefetch": 0}, {"readers": 16}):
+        loader = make(root, window=24, lanes=2, **settings)
+        assert indices(loader.batches(start_step=0, stop_step=16, global_batch_size=8)) == whole
+
+
+@pytest.mark.parametrize("readers", [0, 1, 8])
+def test_each_group_is_read_once_per_epoch(tmp_path, readers):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=1, readers=readers)
+    Watched.reads.clear()
+    indices(loader.batches(start_step=0, stop_step=10, global_batch_size=7))
+    assert len(Watched.reads) == len(set(Watched.reads)) == 10
+    indices(loader.sequential(batch_size=9))
+    assert set(Counter(Watched.reads).values()) == {2}
+
+
+def test_groups_that_the_borders_of_lanes_cut_are_read_twice_at_most(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=4)
+    Watched.reads.clear()
+    indices(loader.batches(start_step=0, stop_step=17, global_batch_size=4))
+    assert len(set(Watched.reads)) == 10
+    assert len(Watched.reads) <= 10 + 3
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sequential_reads_a_streamed_set_in_order(tmp_path, world_size):
+    root = write(tmp_path / "set", sizes=SIZES)
+    shares = [
+        indices(make(root).sequential(batch_size=4, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    assert joined([joined(share) for share in shares]) == list(range(70))
+
+
+def test_parts_of_a_streamed_set_are_streamed(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    whole = Parquet(root=f"watched://{root}", window=12, lanes=2)
+    part = Subset(limit(whole, 41, seed=1), np.arange(1, 41, 2))
+    kept = part.source.indices[part.indices]
+    Watched.reads.clear()
+    loader = Loader(part, WHOLE, size=(6, 6), channels=3, seed=5, threads=2)
+    shown = [batch["crops"][0][:, 0, 0, 0].tolist() for batch in loader.sequential(batch_size=6)]
+    assert joined(shown) == kept.tolist()
+    groups = np.unique(np.searchsorted(np.cumsum(FLAT), kept, "right"))
+    assert len(Watched.reads) == len(groups)
+    batches = loader.batches(start_step=0, stop_step=5, global_batch_size=4)
+    epoch = [batch["crops"][0][:, 0, 0, 0].tolist() for batch in batches]
+    assert sorted(joined(epoch)) == kept.tolist()
+    with pytest.raises(ValueError, match="sort the indices"):
+        Subset(whole, np.array([3, 1]))
+
+
+# ---- what is read and held -----------------------------------------------------------------------------------------
+
+
+def test_only_footers_and_labels_are_read_at_the_start_and_labels_once(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    source = Parquet(root=f"watched://{root}")
+    assert source.labels.tolist() == [index % 7 for index in range(70)]
+    footers = {(f"{path}", path.stat().st_size) for path in root.iterdir()}
+    ends = [(path, end) for path, _, end in Watched.reads if (path, end) in footers]
+    assert len(ends) == 4
+    assert len(Watched.reads) == 4 + 10  # the label column of ten row groups
+    images = {
+        (str(path), pq.ParquetFile(path).metadata.row_group(group).column(0).data_page_offset)
+        for path in root.iterdir()
+        for group in range(pq.ParquetFile(path).num_row_groups)
+    }
+    inside = [(p, start) for p, start, end in Watched.reads if (p, end) not in footers]
+    assert not {(p, start) for p, start in inside} & images
+
+
+def test_sizes_and_checksum_of_a_stream_take_two_groups_and_none(tmp_path):
+    source = Parquet(root=f"watched://{write(tmp_path / 'set', sizes=SIZES)}")
+    Watched.reads.clear()
+    assert common_size(source) == (6, 6)
+    assert len(sample_sizes(source)) == 7 + 10
+    assert len(Watched.reads) == 2
+    other = Parquet(root=f"watched://{write(tmp_path / 'other', sizes=[[7, 5, 9], [8], [3, 11, 6, 7], [4, 9]])}")
+    Watched.reads.clear()
+    assert checksum(source) == checksum(Parquet(root=f"file://{tmp_path / 'set'}"))
+    assert checksum(source) != checksum(other)
+    assert Watched.reads == []
+
+
+def test_a_first_look_at_few_images_reads_little_ahead(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=[[10] * 7]))
+    Watched.reads.clear()
+    batches = loader.sequential(batch_size=2)
+    next(batches)
+    batches.close()
+    assert len(Watched.reads) <= 2
+
+
+def held_at_most(loader: Loader, **arguments) -> int:
+    most = 0
+    for _ in loader.batches(**arguments):
+        (reading,) = list(loader.groups.stream._readings)
+        most = max(most, reading.num_held)
+    return most
+
+
+def test_held_groups_are_bounded_by_the_window_and_twice_the_readers(tmp_path):
+    root = write(tmp_path / "set", sizes=[[2] * 60, [2] * 60])
+    for window, readers in ((8, 1), (8, 4), (48, 2)):
+        loader = make(root, window=window, lanes=2, readers=readers, prefetch=1)
+        most = held_at_most(loader, start_step=0, stop_step=110, global_batch_size=4)
+        live = window // 2 + 2 * 2  # groups of the window, and those that each lane has begun and not ended
+        of_a_batch = 4  # new groups of each batch that is in the making or was planned last
+        assert most <= live + 2 * readers + 3 * of_a_batch
+        assert most >= window // 4
+
+
+def test_read_ahead_stops_at_held_gib(tmp_path):
+    root = write(tmp_path / "set", sizes=[[2] * 60, [2] * 60])
+    loader = make(root, window=8, lanes=2, readers=30, prefetch=0)
+    stream = loader.groups.stream
+    free = held_at_most(loader, start_step=0, stop_step=50, global_batch_size=4)
+    stream.held_bytes = int(14 * stream.sizes.mean())
+    assert held_at_most(loader, start_step=0, stop_step=50, global_batch_size=4) <= 14 < free
+
+
+def test_a_window_that_does_not_fit_is_refused_with_its_size(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=64, lanes=2)
+    loader.groups.stream.held_bytes = 1000
+    with pytest.raises(ValueError, match=r"a window of 64 images takes .* on each of 1 ranks.*data.source.held_gib"):
+        loader.batches(start_step=0, stop_step=1, global_batch_size=8)
+
+
+def test_nothing_is_held_and_no_thread_left_after_the_last_batch_or_an_early_stop(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=2)
+
+    def left() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith(("stream-", "loader-"))]
+
+    batches = loader.batches(start_step=0, stop_step=10**6, global_batch_size=8)
+    next(batches)
+    assert any(name.startswith("stream-") for name in left())
+    (reading,) = list(loader.groups.stream._readings)
+    batches.close()
+    assert (left(), reading.num_held) == ([], 0)
+    indices(loader.batches(start_step=0, stop_step=9, global_batch_size=8))
+    assert left() == []
+    with loader:
+        next(loader.batches(start_step=0, stop_step=10**6, global_batch_size=8))
+    assert left() == []
+
+
+def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=2)
+    whole = indices(loader.batches(start_step=0, stop_step=16, global_batch_size=8))
+    batches = loader.batches(start_step=0, stop_step=16, global_batch_size=8)
+    first = [next(batches) for _ in range(4)]
+    assert joined(indices(loader.sequential(batch_size=10))) == list(range(70))
+    assert indices([*first, *batches]) == whole
+
+
+# ---- when reads fail -----------------------------------------------------------------------------------------------
+
+
+def fail(root: Path, times: int) -> None:
+    """The reads of the fifth row group's images fail so often."""
+    chunk = pq.ParquetFile(root / "train-02.parquet").metadata.row_group(1).column(0)
+    Watched.failures[chunk.total_compressed_size] = times
+
+
+def test_a_read_that_fails_is_tried_again(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    whole = indices(make(root, window=24).batches(start_step=0, stop_step=8, global_batch_size=8))
+    loader = make(root, window=24, retries=3)
+    fail(root, 3)
+    assert indices(loader.batches(start_step=0, stop_step=8, global_batch_size=8)) == whole
+
+
+def test_a_read_that_goes_on_failing_names_the_url_and_the_row_group(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    loader = make(root, window=24, retries=2)
+    fail(root, 10**6)
+    with pytest.raises(StreamError, match=r"watched://.*train-02.parquet, row group 1, .*3 attempts.*the line broke"):
+        indices(loader.batches(start_step=0, stop_step=8, global_batch_size=8))
+    assert loader.bad == {}
+    assert len([t for t in threading.enumerate() if t.name.startswith(("stream-", "loader-"))]) == 0
+
+
+def test_a_damaged_group_is_named(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    loader = make(root, window=24)
+    path = root / "train-02.parquet"
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train-02.parquet is damaged in row group 1"):
+        indices(loader.batches(start_step=0, stop_step=8, global_batch_size=8))
+
+
+def test_an_undecodable_image_is_replaced_in_a_stream(tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    images = [b"no image" if row == 11 else picture(row) for row in range(40)]
+    pq.write_table(pa.table({"image": images}), root / "train.parquet", row_group_size=4)
+    source = Parquet(root=f"watched://{root}", window=16, lanes=2)
+    loader = Loader(source, WHOLE, size=(6, 6), channels=3, seed=5, threads=2, max_bad_fraction=0.1)
+    shown = {}
+    for batch in loader.batches(start_step=0, stop_step=10, global_batch_size=4):
+        shown |= dict(zip(batch["index"].tolist(), batch["crops"][0][:, 0, 0, 0].tolist()))
+    assert sorted(shown) == list(range(40))
+    assert [index for index, colour in shown.items() if index != colour] == list(loader.bad) == [11]
+
+
+def test_control_c_while_a_read_hangs_stops_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "_GOODBYE", 0.05)
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24)
+    entered, release = threading.Event(), threading.Event()
+
+    def hang(start: int) -> None:
+        entered.set()
+        release.wait()
+
+    def interrupt() -> None:
+        entered.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Watched.pace = staticmethod(hang)
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(loader.batches(start_step=0, stop_step=8, global_batch_size=8))
+        assert [t for t in threading.enumerate() if t.name.startswith("loader-")] == []
+    finally:
+        release.set()
+
+
+# ---- roots and settings --------------------------------------------------------------------------------------------
+
+
+def test_memory_urls_globs_files_and_local_folders_are_streamed_alike(tmp_path):
+    root = write(tmp_path / "set", sizes=SIZES)
+    write(root, sizes=[[5, 4]], split="test")
+    memory = fsspec.filesystem("memory")
+    for path in root.iterdir():
+        memory.pipe_file(f"/test_stream/{path.name}", path.read_bytes())
+    roots = [(f"file://{root}", None), (root, True), ("memory://test_stream", None), ("memory://test_stream/t*", None)]
+    for place, stream in roots:
+        source, test = (Parquet(split, root=place, stream=stream, window=24) for split in ("train", "test"))
+        assert (len(source), len(test)) == (70, 9)
+        assert [source.read(index) for index in (0, 33, 69)] == [picture(index) for index in (0, 33, 69)]
+        assert indices(make(root, source).batches(start_step=0, stop_step=2, global_batch_size=8))
+    single = Parquet(root="memory://test_stream/train-01.parquet")
+    assert [single.read(index) for index in range(8)] == [picture(21 + index) for index in range(8)]
+    assert single.describe(3) == "memory:///test_stream/train-01.parquet row 3"
+    memory.rm("/test_stream", recursive=True)
+
+
+def test_text_labels_of_a_streamed_test_split_are_numbered_as_in_train(tmp_path):
+    root = write(tmp_path / "set", sizes=[[9, 6]], labels="text")
+    write(root, sizes=[[5]], split="test", labels="text")
+    source = Parquet("test", root=f"watched://{root}")
+    assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    assert source.classes == [f"class {k}" for k in range(7)]
+
+
+def test_local_files_keep_the_order_of_the_whole_set(tmp_path):
+    source = Parquet(root=write(tmp_path / "set", sizes=SIZES))
+    assert source.groups is None
+    batches = indices(make(tmp_path, source, in_memory_gib=0).batches(start_step=0, stop_step=8, global_batch_size=8))
+    assert joined(batches) == shuffle(5, 0, 70, np.arange(64)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 100}, r"data.source.window has no effect .* data.source.stream=true"),
+        ({"storage_options": {"anon": True}}, r"data.source.storage_options has no effect"),
+        ({"stream": True, "window": 0}, "data.source.window must be at least 1, got 0"),
+        ({"stream": True, "readers": -1}, "data.source.readers must be at least 0, got -1"),
+        ({"root": "watched://{}", "stream": False}, "is a url, which is always streamed"),
+        ({"root": "nosuch://{}"}, "nothing that fsspec can open.*nosuch"),
+        ({"root": "watched://{}/elsewhere"}, r"holds no \*.parquet file, or does not exist"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_words(tmp_path, settings, message):
+    root = write(tmp_path / "set", sizes=[[3]])
+    settings = {"root": str(root)} | {k: v.format(root) if k == "root" else v for k, v in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        Parquet(**settings)
+
+
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ValueError, match="pip install fsspec s3fs for s3://"):
+        Parquet(root="s3://bucket/set")
+
+
+def test_a_truncated_file_is_named_by_its_url(tmp_path):
+    root = write(tmp_path / "set", sizes=[[3]])
+    path = root / "train-00.parquet"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"watched://.*train-00.parquet cannot be read as parquet, it is truncated"):
+        Parquet(root=f"watched://{root}")
+
+
+def test_lanes_that_ranks_share_warn_with_the_number_that_mends_it(tmp_path, caplog):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24, lanes=2)
+    loader.batches(start_step=0, stop_step=1, global_batch_size=8, rank=0, world_size=2)
+    assert "share" not in caplog.text
+    loader.batches(start_step=0, stop_step=1, global_batch_size=8, rank=0, world_size=4)
+    assert "4 ranks share the 2 lanes" in caplog.text
+    assert "data.source.lanes=4" in caplog.text
+
+
+def test_a_loader_of_a_stream_says_so_and_holds_nothing_in_memory(tmp_path):
+    loader = make(write(tmp_path / "set", sizes=SIZES), window=24)
+    assert not loader.in_memory
+    assert loader.describe() == (
+        "70 images decoded by 2 threads, streamed in 10 row groups, mixed in a window of 24 images"
+    )
+    assert torch.equal(next(loader.sequential(batch_size=3))["index"], torch.arange(3))
