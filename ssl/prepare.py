@@ -11,14 +11,11 @@ import ssl.openmp  # before torch  # noqa: F401
 
 # isort: split
 import glob
-import inspect
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,10 +28,8 @@ from tqdm import tqdm
 
 from ssl.command import run_command
 from ssl.config import DataConfig, build, check
-from ssl.data.bad_images import NUM_LISTED, BadImages
-from ssl.data.parquet import Parquet
+from ssl.data.bad_images import BadImages
 from ssl.data.prepared import (
-    KINDS,
     Account,
     Group,
     GroupJob,
@@ -50,8 +45,8 @@ from ssl.data.reader import Reader
 from ssl.data.sources import SPLITS, NoTestSplit, Source, checksum
 from ssl.data.subset import limit
 from ssl.data.threads import available_cores, run_ahead
+from ssl.prepare_report import REPORT, account_of, count, is_told, listed, make_report, size_of, summary, write_report
 
-REPORT = "report.json"
 GROUPS_AHEAD = 2
 _WITHOUT_EFFECT = ("data.image_size", "data.mean", "data.std", "data.in_memory_gib")
 
@@ -101,12 +96,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     total = sum(len(source) for source in sources.values())
     left = sum(shard.stop - shard.start for shard in waiting)
     if written and waiting:
-        print(f"{out}: going on; there already: {_count(len(written), 'shard')}", flush=True)
+        print(f"{out}: going on; there already: {count(len(written), 'shard')}", flush=True)
     for leftover in out.glob(".partial-*"):  # of a run that was killed
         leftover.unlink()
 
     # ---- do it -----------------------------------------------------------------------------------------------------
-    accounts = {split: _account(written, split) for split in SPLITS}
+    accounts = {split: account_of(written, split) for split in SPLITS}
     began, done = time.perf_counter(), total - left
     bar = tqdm(total=total, initial=done, unit="image", leave=False, disable=not sys.stderr.isatty())
     with bar:
@@ -124,12 +119,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     for split, source in sources.items():
         if not accounts[split].stored:
             raise ValueError(f"none of the {len(source):,} images of {source.name} could be decoded:\n  "
-                             + _listed(accounts[split].skipped))  # fmt: skip
+                             + listed(accounts[split].skipped))  # fmt: skip
     seconds = time.perf_counter() - began
-    report = _report(config, shards_in(out), notes, images_now=left, seconds=seconds, threads=threads)
-    if left or not _is_told(out / REPORT, report):  # else the one that is there tells how long it took
-        _write_report(out / REPORT, report)
-    print("\n".join(_summary(report, out)), flush=True)
+    report = make_report(config, shards_in(out), notes, images_now=left, seconds=seconds, threads=threads)
+    if left or not is_told(out / REPORT, report):  # else the one that is there tells how long it took
+        write_report(out / REPORT, report)
+    print("\n".join(summary(report, out)), flush=True)
     return report
 
 
@@ -222,15 +217,6 @@ def _check_same(out: Path, written: dict[str, dict[str, Any]], recipes: dict[str
             )
 
 
-def _account(written: dict[str, dict[str, Any]], split: str) -> Account:
-    """What became of a split's images in the shards that are there."""
-    total = Account()
-    for record in written.values():
-        if record["shard"]["split"] == split:
-            total.add(Account(**record["account"]))
-    return total
-
-
 def _groups(
     shard: Shard, source: Source, schema: pa.Schema, *, size: Size, root: str, config: DictConfig, threads: int
 ) -> Iterator[Group]:
@@ -253,124 +239,15 @@ def _counted(groups: Iterator[Group], account: Account, source: Source, *, most:
             raise BadImages(
                 f"{len(account.skipped)} of {len(source)} images of {source.name} could not be decoded, more than "
                 f"data.max_bad_fraction={most:g} allows; mend or remove these files, or raise data.max_bad_fraction:\n"
-                f"  {_listed(account.skipped)}"
+                f"  {listed(account.skipped)}"
             )
         yield group
 
 
 def _say_written(path: Path, done: int, total: int, *, now: int, seconds: float) -> None:
-    size, pace = _mib(path.stat().st_size), now / max(seconds, 1e-9)
+    size, pace = size_of(path.stat().st_size), now / max(seconds, 1e-9)
     tqdm.write(f"{path.name}: {size}; {done:,} of {total:,} images, {pace:,.0f} images/s", file=sys.stdout)
     sys.stdout.flush()
-
-
-def _report(
-    config: DictConfig,
-    written: dict[str, dict[str, Any]],
-    notes: list[str],
-    *,
-    images_now: int,
-    seconds: float,
-    threads: int,
-) -> dict[str, Any]:
-    """What report.json says: settings, and per split what became of the images, over all starts of this command."""
-    splits: dict[str, Any] = {}
-    for split in SPLITS:
-        records = [record for record in written.values() if record["shard"]["split"] == split]
-        if not records:
-            continue
-        account = _account(written, split)
-        counts = {name: getattr(account, name) for name in ("stored", *KINDS, "bytes_before", "bytes_after")}
-        splits[split] = {"shards": len(records), **counts, "skipped": account.skipped}
-    return {
-        "command": "ssl.prepare",
-        "data": {"name": config.data.name, "root": config.data.root, "channels": config.data.channels},
-        "short_side": config.short_side,
-        "quality": config.quality,
-        "rows_per_group": config.rows_per_group,
-        "rows_per_shard": config.rows_per_shard,
-        "splits": splits,
-        "notes": notes,
-        "images_now": images_now,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(images_now / seconds, 1) if images_now else None,
-        "threads": threads,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"pyarrow": pa.__version__},
-    }
-
-
-def _is_told(path: Path, report: dict[str, Any]) -> bool:
-    """Whether a report that is there already says what became of the same images."""
-    try:
-        return json.loads(path.read_text())["splits"] == report["splits"]
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _write_report(path: Path, report: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} cannot be written: {error.strerror}; make room and run the same command again"
-        ) from error
-
-
-def _summary(report: dict[str, Any], out: Path) -> Iterator[str]:
-    """The lines that end the command."""
-    side = report["short_side"]
-    for split, found in report["splits"].items():
-        done = {
-            "shrunk": f"{found['shrunk']:,} shrunk to a short side of {side}",
-            "copied": f"{found['copied']:,} copied byte for byte",
-            "converted": f"{found['converted']:,} made JPEG at their own size",
-        }
-        parts = ", ".join(text for name, text in done.items() if found[name])
-        yield (
-            f"{split}: {found['stored']:,} images in {_count(found['shards'], 'shard')}: {parts}; "
-            f"{_mib(found['bytes_before'])} before, {_mib(found['bytes_after'])} after"
-        )
-    for note in report["notes"]:
-        yield f"note: {note}"
-    skipped = [each for found in report["splits"].values() for each in found["skipped"]]
-    if skipped:
-        yield f"skipped, because they cannot be decoded: {len(skipped)}\n  {_listed(skipped)}"
-    if report["images_now"]:
-        threads = _count(report["threads"], "thread")
-        pace = f"{report['images_per_second']:,.0f} images/s"
-        yield f"{report['images_now']:,} images in {report['seconds']:,.1f} s with {threads}: {pace}"
-    else:
-        yield "everything was there already"
-    yield f"written: {out / REPORT}"
-    yield f"next: {next_command(report, out)}"
-
-
-def next_command(report: dict[str, Any], out: Path) -> str:
-    """How to train on what is prepared. A set that is not held in memory whole is streamed: to read single images of
-    its row groups in random order would be slow.
-    """
-    held_gib = inspect.signature(Parquet).parameters["held_gib"].default
-    largest = max(found["bytes_after"] for found in report["splits"].values())
-    stream = " data.source.stream=true" if largest > held_gib * 2**30 else ""
-    return f"python -m ssl.pretrain data=parquet data.root={out}{stream}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _listed(skipped: list[list[str]]) -> str:
-    lines = [f"{path}: {reason}" for path, reason in skipped[:NUM_LISTED]]
-    more = [f"... and {len(skipped) - NUM_LISTED} more, see {REPORT}"] if len(skipped) > NUM_LISTED else []
-    return "\n  ".join([*lines, *more])
 
 
 def _check_overrides(overrides: list[str]) -> None:

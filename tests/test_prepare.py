@@ -25,7 +25,8 @@ from ssl.data.loader import Loader
 from ssl.data.parquet import Parquet
 from ssl.data.prepared import Size, store_image, target_size
 from ssl.data.views import View
-from ssl.prepare import main, next_command, register, run
+from ssl.prepare import main, register, run
+from ssl.prepare_report import next_command
 from tests.image_list import jpeg, png
 from tests.test_decode import PHOTOS, encode, smooth, with_orientation
 
