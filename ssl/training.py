@@ -37,7 +37,8 @@ from ssl.online import Evaluation, OnlineSubject, StopRun
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
 from ssl.pictures import reconstruction_panel, views_panel
 from ssl.plan import describe_plan, flops_per_image, utilization
-from ssl.profiling import Profile, StepProfiler, steps_needed, write_summary
+from ssl.profile_report import write_summary
+from ssl.profiling import Profile, StepProfiler, steps_needed
 from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
 from ssl.same_run import same_images, same_recipe
 from ssl.schedules import Schedule, make_schedule

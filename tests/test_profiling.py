@@ -17,19 +17,17 @@ from torch.profiler import ProfilerActivity
 from ssl.chips import device_peak, peak_tflops
 from ssl.plan import Utilization, flops_per_image, utilization
 from ssl.pretrain import run
+from ssl.profile_report import DataFacts, advice, summary
 from ssl.profiling import (
     OUTSIDE,
     PARTS,
     WARMUP,
-    DataFacts,
     Profile,
     StepProfiler,
-    advice,
     exposed_all_reduce,
     length,
     step_shares,
     steps_needed,
-    summary,
     without,
 )
 from ssl.tracking import Progress
