@@ -121,3 +121,19 @@ def test_a_bad_image_is_listed_with_its_path():
 def test_common_size_is_none_where_sizes_differ():
     assert common_size(ImageList([np.zeros((4, 6, 3), np.uint8)] * 3)) == (4, 6)
     assert common_size(ImageList([np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)])) is None
+
+
+def test_crops_do_not_depend_on_those_made_before_in_the_same_memory():
+    generator = np.random.default_rng(4)
+    pixels = torch.from_numpy(generator.integers(0, 256, (9, 3, 16, 12), dtype=np.uint8))
+    box = torch.from_numpy(random_boxes(generator, 9, 16, 12))
+    for interpolation in ("bicubic", "bilinear"):
+        first = crop_resize_batch(pixels, box, (10, 8), interpolation=interpolation)
+        before = first.clone()
+        crop_resize_batch(255 - pixels, box.flip(0), (10, 8), interpolation=interpolation)
+        one_by_one = [
+            crop_resize_batch(image[None], place[None], (10, 8), interpolation=interpolation)[0]
+            for image, place in zip(pixels, box)
+        ]
+        assert torch.equal(first, before)  # what was returned is not written to again
+        assert torch.equal(first, torch.stack(one_by_one))

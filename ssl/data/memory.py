@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -113,21 +114,46 @@ def crop_resize_batch(pixels: Tensor, box: Tensor, size: tuple[int, int], *, int
     """
     num, channels, height, width = pixels.shape
     h, w = size
-    rows = resize_weights(box[:, 0], box[:, 2], source=height, target=h, interpolation=interpolation)  # (B, h, H)
-    columns = resize_weights(box[:, 1], box[:, 3], source=width, target=w, interpolation=interpolation)  # (B, w, W)
-    image = pixels.to(torch.float32).view(num, channels * height, width)
-    image = torch.bmm(image, columns.transpose(1, 2))  # (B, C*H, w)
+    out = _scratch.take("rows", num, h, height)
+    rows = resize_weights(box[:, 0], box[:, 2], source=height, target=h, interpolation=interpolation, out=out)
+    out = _scratch.take("columns", num, w, width)
+    columns = resize_weights(box[:, 1], box[:, 3], source=width, target=w, interpolation=interpolation, out=out)
+    image = _scratch.take("pixels", num, channels * height, width).copy_(pixels.view(num, channels * height, width))
+    out = _scratch.take("narrowed", num, channels * height, w)
+    image = torch.bmm(image, columns.transpose(1, 2), out=out)  # (B, C*H, w)
     if interpolation == "bicubic":
         image.clamp_(0, 255)  # torch's uint8 path stores a uint8 between the passes
-    rows = rows[:, None].expand(num, channels, h, height).reshape(num * channels, h, height)
+    repeated = _scratch.take("rows of each channel", num, channels, h, height).copy_(rows[:, None])
     half = image.new_full((1, 1, 1), 0.5)  # rounds, because the cast to uint8 truncates
-    image = torch.baddbmm(half, rows, image.view(num * channels, height, w))  # (B*C, h, w)
+    out = _scratch.take("resized", num * channels, h, w)
+    image = torch.baddbmm(
+        half, repeated.view(num * channels, h, height), image.view(num * channels, height, w), out=out
+    )  # (B*C, h, w)
     if interpolation == "bicubic":
         image.clamp_(0, 255)
     return image.to(torch.uint8).view(num, channels, h, w)
 
 
-def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> Tensor:
+class _Scratch(threading.local):
+    """Float memory that a thread uses again: at 32 pixels fresh pages cost more than the products written to them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, use: str, *shape: int) -> Tensor:
+        """Uninitialised, float32 of `shape`, until the same `use` is taken again."""
+        num = math.prod(shape)
+        if use not in self.kept or self.kept[use].numel() < num:
+            self.kept[use] = torch.empty(num)
+        return self.kept[use][:num].view(shape)
+
+
+_scratch = _Scratch()
+
+
+def resize_weights(
+    start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str, out: Tensor | None = None
+) -> Tensor:
     """Antialiased resampling of `source` pixels' part [start, start + length) to `target` pixels, (B, target, source).
 
     The filters are those of torch's `interpolate(antialias=True)`: a triangle, or Keys' cubic with a = -0.5, widened by
@@ -138,7 +164,8 @@ def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, i
     centre = start + scale * (torch.arange(target, dtype=torch.float32) + 0.5)  # (B, target)
     place = torch.arange(source, dtype=torch.float32) + 0.5  # (source,)
     inverse = 1 / scale.clamp(min=1)
-    distance = ((place - centre[:, :, None]) * inverse[:, :, None]).abs_()  # (B, target, source)
+    distance = torch.sub(place, centre[:, :, None], out=out)
+    distance.mul_(inverse[:, :, None]).abs_()  # (B, target, source)
     if interpolation == "bilinear":
         weights = distance.neg_().add_(1).clamp_(min=0)
     elif interpolation == "bicubic":
