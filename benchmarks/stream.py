@@ -42,7 +42,7 @@ class Slow(LocalFileSystem):
         super().__init__(**options)
         self.latency, self.bandwidth = latency, bandwidth  # seconds, MB/s
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> Any:
         data = super().cat_file(path, start=start, end=end, **options)
         time.sleep(self.latency + len(data) / 1e6 / self.bandwidth)
         return data

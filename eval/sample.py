@@ -14,6 +14,7 @@ from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.reader import UNREADABLE
 from ssl.data.sources import Source
+from ssl.data.stream import in_order
 from ssl.data.views import View
 from ssl.distributed import gather_rows
 from ssl.trainer import to_device
@@ -37,7 +38,7 @@ class Copied:
         self.labels = np.array(source.labels)
         self.classes = source.classes
         self.num_ignored = source.num_ignored
-        self._images = [_read(source, index) for index in range(len(source))]
+        self._images = [_read(source, index) for index in in_order(source)]
         self._names = [source.describe(index) for index in range(len(source))]
 
     def __len__(self) -> int:

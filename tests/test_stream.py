@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -17,14 +19,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
+from eval import knn
+from eval.config import register
+from eval.subject import read_features
+from ssl import pretrain
+from ssl.config import CONF, register_schemas
 from ssl.data import remote
 from ssl.data import stream as stream_module
 from ssl.data.loader import Loader
 from ssl.data.memory import common_size, sample_sizes
 from ssl.data.parquet import Parquet
 from ssl.data.sources import checksum
-from ssl.data.stream import StreamError
+from ssl.data.stream import StreamError, in_order
 from ssl.data.subset import Subset, limit
 from ssl.data.views import View
 from ssl.data.window import WindowOrder, sequential_steps
@@ -226,6 +235,16 @@ def test_an_image_comes_at_most_a_window_after_its_group():
     assert 50 < max(moved) < 110
 
 
+def test_a_step_of_a_billion_images_is_made_without_a_list_of_them():
+    order = order_of([10_000] * 100_000, window=20_000, lanes=4, batch=1024)
+    tracemalloc.start()
+    step = order.step(3 * order.steps_per_epoch + 700_123)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(step.index)) == 1024
+    assert peak < 64 * 2**20
+
+
 def test_sequential_steps_read_each_group_once_and_let_it_go():
     starts, seen = np.array([0, 4, 5, 11, 12]), []
     over: set = set()
@@ -363,6 +382,26 @@ def test_a_first_look_at_few_images_reads_little_ahead(tmp_path):
     next(batches)
     batches.close()
     assert len(Watched.reads) <= 2
+
+
+def test_images_copied_one_by_one_are_read_ahead_by_several_readers(tmp_path):
+    source = Parquet(root=f"watched://{write(tmp_path / 'set', sizes=[[2] * 35])}", readers=4)
+    together, most, lock = 0, 0, threading.Lock()
+
+    def pace(start: int) -> None:
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        time.sleep(0.002)
+        with lock:
+            together -= 1
+
+    Watched.reads.clear()
+    Watched.pace = staticmethod(pace)
+    assert [source.read(index) for index in in_order(source)] == [picture(index) for index in range(70)]
+    assert len(Watched.reads) == 35
+    assert 2 <= most <= 4
 
 
 def held_at_most(loader: Loader, **arguments) -> int:
@@ -503,6 +542,58 @@ def test_control_c_while_a_read_hangs_stops_soon(tmp_path, monkeypatch):
         assert [t for t in threading.enumerate() if t.name.startswith("loader-")] == []
     finally:
         release.set()
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> Path:
+    """A labelled train and test split of 20 x 20 images, in row groups of 8."""
+    root, generator = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for split, num in (("train", 64), ("test", 20)):
+        images = [png(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(num)]
+        table = pa.table({"image": images, "label": [row % 4 for row in range(num)]})
+        pq.write_table(table, root / f"{split}.parquet", row_group_size=8)
+    return root
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(command, overrides=list(overrides))
+
+
+def test_a_run_on_a_stream_continues_exactly_also_where_its_files_were_moved(noise, tmp_path):
+    register_schemas()
+    words = [
+        *("method=simclr", "model=resnet10", "model.args={layers:[1,1,1,1],channels:[8,8,16,16]}", "data=parquet"),
+        *("data.source.window=32", "data.source.stream=true", "trainer.global_batch_size=16", "trainer.epochs=2"),
+        *("trainer.device=cpu", "trainer.log_every_steps=1", "wandb.mode=disabled", "loader.threads=1"),
+    ]
+    losses = {}
+    for name, stops in (("whole", [8]), ("parts", [3, 8])):
+        for stop in stops:
+            root = noise if stop == 8 else f"file://{noise}"
+            out = tmp_path / name
+            pretrain.run(composed("pretrain", *words, f"data.root={root}", f"trainer.steps={stop}"), out=out)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [(json.loads(line)["step"], json.loads(line)["loss"]) for line in lines]
+    assert [step for step, _ in losses["whole"]] == list(range(1, 9))
+    assert losses["parts"] == losses["whole"]
+
+
+def test_a_streamed_set_is_judged_as_the_same_files_on_disk(noise, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    register(knn.KnnConfig)
+    words = ["ckpt=pixels", "data=parquet", "device=cpu", "threads=1"]
+    disk, stream = (
+        read_features(composed("knn", *words, f"data.root={root}"), command="eval.knn")
+        for root in (noise, f"file://{noise}")
+    )
+    for one, other in ((disk.train, stream.train), (disk.test, stream.test)):
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.index, other.index)
 
 
 # ---- roots and settings --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path, PurePath
@@ -128,7 +128,7 @@ class Parquet:
         """The file and the row in it."""
         group = bisect_right(self._starts, index) - 1
         file, _ = self._groups[group]
-        first = next(start for (f, _), start in zip(self._groups, self._starts) if f == file)
+        first = self._starts[bisect_left(self._groups, (file, 0))]
         return f"{self._paths[file]} row {index - first}"
 
     def _group(self, number: int) -> Sequence[bytes]:

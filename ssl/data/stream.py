@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssl.data.threads import ShouldStop
-from ssl.data.window import Step, Use, WindowOrder
+from ssl.data.window import Step, Use, WindowOrder, sequential_steps
 
 NUM_RECENT = 4
 """Groups kept of those that no batch had planned, such as that of the image that replaces an undecodable one."""
@@ -30,7 +30,7 @@ Fetch = Callable[[int, threading.Event], Group]
 """Reads a group by its number; gives up between two attempts where the event is set. Raises StreamError."""
 
 
-class StreamError(RuntimeError):
+class StreamError(ValueError):
     """A group could not be read. No OSError: the images are not bad, and no other ones take their place."""
 
 
@@ -106,6 +106,20 @@ class Groups:
 def groups_of(source: Any) -> Groups | None:
     """The groups in which a source is streamed; None where its images are read one by one."""
     return getattr(source, "groups", None)
+
+
+def in_order(source: Any) -> Iterator[int]:
+    """The indices of a source's images in turn; of a streamed one each when its image is here and others on the way."""
+    groups = groups_of(source)
+    if groups is None:
+        yield from range(len(source))
+        return
+    steps = sequential_steps(groups.starts, 1, 0, len(source), epoch=0)
+    with groups.stream.reading(groups, steps) as reading:
+        for step in reading:
+            reading.wait(step.index, lambda: False)
+            yield int(step.index[0])
+            reading.done(step)
 
 
 class Stream:
