@@ -407,7 +407,7 @@ def test_images_copied_one_by_one_are_read_ahead_by_several_readers(tmp_path):
 def held_at_most(loader: Loader, **arguments) -> int:
     most = 0
     for _ in loader.batches(**arguments):
-        (reading,) = list(loader.groups.stream._readings)
+        (reading,) = loader.groups.stream.readings
         most = max(most, reading.num_held)
     return most
 
@@ -448,9 +448,9 @@ def test_nothing_is_held_and_no_thread_left_after_the_last_batch_or_an_early_sto
     batches = loader.batches(start_step=0, stop_step=10**6, global_batch_size=8)
     next(batches)
     assert any(name.startswith("stream-") for name in left())
-    (reading,) = list(loader.groups.stream._readings)
+    (reading,) = loader.groups.stream.readings
     batches.close()
-    assert (left(), reading.num_held) == ([], 0)
+    assert (left(), reading.num_held, loader.groups.stream.readings) == ([], 0, ())
     indices(loader.batches(start_step=0, stop_step=9, global_batch_size=8))
     assert left() == []
     with loader:

@@ -133,17 +133,18 @@ class Stream:
         self.sizes = sizes
         self.settings = settings
         self.held_bytes = held_bytes
-        self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+        self.readings: tuple[Reading, ...] = ()  # that are open; replaced, because other threads go through it
         self._recent: OrderedDict[int, Group] = OrderedDict()
-        self._lock = threading.Lock()
+        self._fetching = threading.Lock()  # of the recent ones
+        self._opening = threading.Lock()
         self._never = threading.Event()
 
     def group(self, number: int) -> Group:
         """A group that is held, else read now. Raises StreamError."""
-        for reading in list(self._readings):
+        for reading in self.readings:
             if (group := reading.get(number)) is not None:
                 return group
-        with self._lock:
+        with self._fetching:
             if number not in self._recent:
                 self._recent[number] = self.fetch(number, self._never)
             self._recent.move_to_end(number)
@@ -153,9 +154,17 @@ class Stream:
 
     def reading(self, groups: Groups, steps: Iterable[Step]) -> Reading:
         """The batches' groups, read ahead of them. Use it as a context manager."""
-        reading = Reading(self, groups, steps)
-        self._readings.add(reading)
-        return reading
+        return Reading(self, groups, steps)
+
+    def open(self, reading: Reading) -> None:
+        """Find groups in what `reading` holds."""
+        with self._opening:
+            self.readings = (*self.readings, reading)
+
+    def close(self, reading: Reading) -> None:
+        """Find no more groups there."""
+        with self._opening:
+            self.readings = tuple(each for each in self.readings if each is not reading)
 
 
 class _Held:
@@ -260,9 +269,11 @@ class Reading:
         with self._changed:
             self._held.clear()
             self._changed.notify_all()
+        self._stream.close(self)
         _open_readings.discard(self)
 
     def __enter__(self) -> Reading:
+        self._stream.open(self)
         _open_readings.add(self)
         return self
 
