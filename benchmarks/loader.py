@@ -2,38 +2,42 @@
 
     python -m benchmarks.loader --images DIR
 
-As many worker processes as our threads, the two ways in turns, `--rounds` times; a ratio is one of a round's two rates.
-Both make the views of `conf/augment/`. Where a row says "uint8 crops", ours leaves flip, colour, blur and normalisation
-to the device that the model runs on, as training does; where it says "all on the CPU", it does them there too. Without
---images it makes photo-sized JPEGs of its own. The ratio by processor time holds on a machine with other work, too.
+As many worker processes as our threads. Both make the views of `conf/augment/`. Where a row says "uint8 crops", ours
+leaves flip, colour, blur and normalisation to the device that the model runs on, as training does; where it says "all
+on the CPU", it does them there too. Where it says "prepared", ours reads what `python -m ssl.prepare` made of the same
+photos, and the peers the photos. Without --images it makes photo-sized JPEGs of its own. How it is measured stands in
+benchmarks/compare.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
-import multiprocessing
-import os
-import platform
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.compare import ROOT, Part, Way, parser_of, run, timed
+from ssl import prepare
+from ssl.config import CONF
 from ssl.data.augment import Augment
 from ssl.data.folder import Folder
 from ssl.data.loader import Loader
-from ssl.data.threads import available_cores
+from ssl.data.parquet import Parquet
+from ssl.data.sources import Source
 from ssl.data.views import View, make_views
 
-ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CROP_AND_FLIP = View(scale=(0.2, 1.0), interpolation="bilinear", flip=0.5)
 """torchvision's default interpolation."""
@@ -125,58 +129,102 @@ def recipe(name: str) -> list[View]:
     return make_views(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "augment" / f"{name}.yaml"))["views"])  # type: ignore
 
 
-def parts(
-    folder: Path, options: argparse.Namespace
-) -> Iterator[tuple[str, int, Callable[[], None], Callable[[], None]]]:
-    """(name, images per epoch, the peers' epoch, our epoch) of each part."""
+@dataclass(frozen=True)
+class Views:
+    """A part: which views of which images, and how many times faster than the peers they should be."""
+
+    name: str
+    views: Sequence[View]
+    wanted: float
+    is_small: bool = False
+    on_cpu: bool = False
+    prepared: bool = False
+
+
+def all_views() -> list[Views]:
+    """Every part, in order."""
+    mae, simclr, small = recipe("mae"), recipe("simclr"), recipe("simclr_small")
+    return [
+        Views("MAE views, JPEG to 224 px, uint8 crops", mae, 2.5),
+        Views("MAE views, prepared JPEG to 224 px, uint8 crops", mae, 5, prepared=True),
+        Views("SimCLR two views, JPEG to 224 px, uint8 crops", simclr, 7),
+        Views("SimCLR two views, prepared JPEG to 224 px, uint8 crops", simclr, 8, prepared=True),
+        Views("SimCLR two views, JPEG to 224 px, all on the CPU", simclr, 1.25, on_cpu=True),
+        Views("SimCLR two views, 32 px from memory, all on the CPU", small, 5, is_small=True, on_cpu=True),
+        Views("crop and flip, 32 px from memory, all on the CPU", [CROP_AND_FLIP], 10, is_small=True, on_cpu=True),
+    ]
+
+
+PEER = "Pillow, torchvision"
+
+
+def parts(given: argparse.Namespace) -> Iterator[Part]:
+    """A part for each of `all_views`."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = given.images or Path(made) / "photos"
+        if given.images is None:
+            folder.mkdir()
+            make_photos(folder)
+        prepared = cache(partial(prepare_photos, folder, Path(made) / "prepared"))
+        small = np.random.default_rng(0).integers(0, 256, (NUM_SMALL, 32, 32, 3), dtype=np.uint8)
+        for each in all_views():
+            wanted = {PEER: each.wanted}
+            num, batch_size = given.num_photos, min(64, given.num_photos)
+            if each.is_small:
+                num, batch_size = given.num_small, min(512, given.num_small)
+            else:
+                batch_size = min(batch_size, len(Folder("train", root=str(folder))))
+            num -= num % batch_size
+            sizes = {"num": num, "batch_size": batch_size, "threads": given.threads}
+            ways = partial(ways_of, each, folder, small, prepared, **sizes)
+            yield Part(each.name, "images", num, ways, wanted)
+
+
+def ways_of(
+    each: Views,
+    folder: Path,
+    small: np.ndarray,
+    prepared: Callable[[], Source],
+    *,
+    num: int,
+    batch_size: int,
+    threads: int,
+) -> dict[str, Way]:
+    """The peers' epoch and ours, each of `num` images."""
+    size = 32 if each.is_small else 224
     photos = sorted(path for path in folder.rglob("*") if path.is_file())
-    source = Folder("train", root=str(folder))
-    small = np.random.default_rng(0).integers(0, 256, (NUM_SMALL, 32, 32, 3), dtype=np.uint8)
-    workers = options.threads
-    for name, views, size, on_cpu in (
-        ("MAE views, JPEG to 224 px, uint8 crops", recipe("mae"), 224, False),
-        ("SimCLR two views, JPEG to 224 px, uint8 crops", recipe("simclr"), 224, False),
-        ("SimCLR two views, JPEG to 224 px, all on the CPU", recipe("simclr"), 224, True),
-        ("SimCLR two views, 32 px from memory, all on the CPU", recipe("simclr_small"), 32, True),
-        ("crop and flip, 32 px from memory, all on the CPU", [CROP_AND_FLIP], 32, True),
-    ):
-        if not any(part in name for part in options.parts):
-            continue
-        is_small = size == 32
-        num = options.num_small if is_small else options.num_photos
-        batch_size = min(512 if is_small else 64, num, len(small) if is_small else len(source))
-        num -= num % batch_size
-        dataset = PeersDataset(small if is_small else photos, views, size, num, to_float=on_cpu)
-        loader = Loader(
-            ArraySource(small) if is_small else source,
-            views,
-            size=(size, size),
-            channels=3,
-            seed=0,
-            threads=workers,
-            in_memory_gib=4.0 if is_small else 0.0,
-            transform=Augment(views, mean=MEAN, std=STD) if on_cpu else None,
-        )
-        our_way = ours(loader, batch_size=batch_size, num=num)
-        yield name, num, peers(dataset, batch_size=batch_size, workers=workers), our_way
+    dataset = PeersDataset(small if each.is_small else photos, list(each.views), size, num, to_float=each.on_cpu)
+    if each.is_small:
+        source: Source = ArraySource(small)
+    else:
+        source = prepared() if each.prepared else Folder("train", root=str(folder))
+    loader = Loader(
+        source,
+        each.views,
+        size=(size, size),
+        channels=3,
+        seed=0,
+        threads=threads,
+        in_memory_gib=4.0 if each.is_small else 0.0,
+        transform=Augment(each.views, mean=MEAN, std=STD) if each.on_cpu else None,
+    )
+    their_way = peers(dataset, batch_size=batch_size, workers=threads)
+    return {PEER: timed(their_way), "ours": timed(ours(loader, batch_size=batch_size, num=num))}
 
 
-def cpu_seconds() -> float:
-    """Processor time of this process and its workers so far (on Linux; elsewhere the workers' is left out)."""
-    total = time.process_time()
-    for worker in multiprocessing.active_children():
-        stat = Path(f"/proc/{worker.pid}/stat")
-        if stat.exists():
-            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-            total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return total
+def prepare_photos(folder: Path, out: Path) -> Source:
+    """What `python -m ssl.prepare` makes of the photos, as it comes."""
+    prepare.register()
+    settings = ["data=folder", f"data.root={folder}", f"out={out}"]
+    with initialize_config_dir(CONF, version_base="1.3"), contextlib.redirect_stdout(io.StringIO()):
+        prepare.run(compose("prepare", overrides=settings))
+    return Parquet("train", root=str(out))
 
 
 def rates(way: Callable[[], None], num: int) -> tuple[float, float]:
     """Images per second, and per second of processor time, of one epoch."""
-    start, cpu_start = time.perf_counter(), cpu_seconds()
-    way()
-    return num / (time.perf_counter() - start), num / (cpu_seconds() - cpu_start)
+    sample = timed(way)()
+    return num / sample.wall, num / sample.cpu
 
 
 def make_photos(folder: Path, num: int = 64) -> None:
@@ -192,33 +240,20 @@ def make_photos(folder: Path, num: int = 64) -> None:
         (folder / f"{number:03d}.jpg").write_bytes(stream.getvalue())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+QUICK = ["--num-photos", "64", "--num-small", "2048"]
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--images", type=Path, help="a folder of JPEG photos")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="our threads, and their processes")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-photos", type=int, default=512, help="photos per round and way")
     parser.add_argument("--num-small", type=int, default=8192, help="CIFAR-size images per round and way")
-    parser.add_argument("--parts", nargs="+", default=[""], help="only parts whose name holds one of these")
-    options = parser.parse_args()
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, {options.threads} threads or processes")
-    print(f"{'views':52} {'peers/s':>9} {'ours/s':>9} {'ratio':>6} {'lowest':>7} {'highest':>8} {'by CPU time':>12}")
-    with tempfile.TemporaryDirectory() as made:
-        folder = options.images or Path(made)
-        if options.images is None:
-            make_photos(folder)
-        for name, num, their_way, our_way in parts(folder, options):
-            their_way(), our_way()  # workers start, files are read once
-            rounds = np.array([[rates(their_way, num), rates(our_way, num)] for _ in range(options.rounds)])
-            (theirs, _), (mine, _) = np.median(rounds, axis=0)  # (rounds, ways, wall or CPU)
-            ratios = rounds[:, 1] / rounds[:, 0]  # (rounds, wall or CPU)
-            ratio, by_cpu = np.median(ratios, axis=0)
-            print(
-                f"{name:52} {theirs:9,.0f} {mine:9,.0f} {ratio:6.2f} {ratios[:, 0].min():7.2f} "
-                f"{ratios[:, 0].max():8.2f} {by_cpu:12.2f}",
-                flush=True,
-            )
+    return parser
+
+
+def main() -> None:
+    given = options().parse_args()
+    run(parts(given), given)
 
 
 if __name__ == "__main__":
