@@ -2,19 +2,16 @@
 
     python -m benchmarks.augment
 
-Each row takes the same uint8 crops through the recipe of a file of `conf/augment/`, the two ways in turns, `--rounds`
-times, on one thread. Times are CPU seconds of this process, which a busy machine disturbs less than the clock; a ratio
-is one of a round's two times, and the median and range over the rounds are printed.
+Each row takes the same uint8 crops through the recipe of a file of `conf/augment/`, on one thread unless told. How it
+is measured stands in benchmarks/compare.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision import transforms
 
+from benchmarks.compare import Part, Way, parser_of, run, timed
 from ssl.data.augment import Augment
 from ssl.data.views import View, make_views
 
@@ -81,12 +79,6 @@ def our_way(view: View, crops: Tensor) -> Callable[[], None]:
     return run
 
 
-def cpu_seconds(run: Callable[[], None]) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
-
-
 def pictures(batch: int, size: int) -> Tensor:
     """Soft shapes with some noise, as photographs have: uint8 (B, 3, size, size)."""
     generator = torch.Generator().manual_seed(0)
@@ -99,38 +91,45 @@ def recipe(name: str) -> View:
     return make_views(OmegaConf.load(CONF / f"{name}.yaml").views)[0]
 
 
-def main() -> None:
-    """Print a table of the rows below."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    large, small = recipe("simclr"), recipe("simclr_small")
-    rows = [
-        ("SimCLR colour, blur, normalise, 224 px", large, 48, 224),
-        ("the same without blur", replace(large, blur=0.0), 48, 224),
-        ("blur alone", View(blur=1.0), 24, 224),
-        ("hue alone", View(jitter=1.0, hue=0.2), 48, 224),
-        ("MAE flip, normalise, 224 px", recipe("mae"), 48, 224),
-        ("SimCLR colour, normalise, 32 px", small, 512, 32),
-    ]
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, 1 thread, {arguments.rounds} rounds; images per CPU second"
+PILLOW, FLOAT = "torchvision on Pillow", "torchvision on floats"
+QUICK = ["--batch-size", "8"]
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=9)
+    parser.set_defaults(threads=1)
+    parser.add_argument(
+        "--batch-size", type=int, default=48, help="crops of 224 pixels; of 32 pixels ten times as many"
     )
-    print(f"{'':40}{'Pillow':>10}{'float':>10}{'ours':>10}   ours : Pillow        ours : float")
-    for title, view, batch, size in rows:
-        crops = pictures(batch, size)
-        ways = [peers_way(view, crops, pillow=True), peers_way(view, crops, pillow=False), our_way(view, crops)]
-        for way in ways:
-            way()
-        rounds = [[batch / cpu_seconds(way) for way in ways] for _ in range(arguments.rounds)]
-        rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
-        text = f"{title:40}" + "".join(f"{rate:10,.0f}" for rate in rates)
-        for other in (0, 1):
-            ratios = [one[2] / one[other] for one in rounds]
-            text += f"   {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(text, flush=True)
+    return parser
+
+
+def parts(given: argparse.Namespace) -> Iterator[Part]:
+    """A part for each recipe, and for the operations that cost most."""
+    large, small = recipe("simclr"), recipe("simclr_small")
+    for name, view, size in (
+        ("SimCLR colour, blur, normalise, 224 px", large, 224),
+        ("the same without blur, 224 px", replace(large, blur=0.0), 224),
+        ("blur alone, 224 px", View(blur=1.0), 224),
+        ("hue alone, 224 px", View(jitter=1.0, hue=0.2), 224),
+        ("MAE flip, normalise, 224 px", recipe("mae"), 224),
+        ("SimCLR colour, normalise, 32 px", small, 32),
+    ):
+        batch = given.batch_size * (10 if size == 32 else 1)
+        yield Part(name, "views", batch, partial(ways, view, batch, size))
+
+
+def ways(view: View, batch: int, size: int) -> dict[str, Way]:
+    """All start from the same crops."""
+    torch.manual_seed(0)
+    crops = pictures(batch, size)
+    pillow, on_floats = (peers_way(view, crops, pillow=pillow) for pillow in (True, False))
+    return {PILLOW: timed(pillow), FLOAT: timed(on_floats), "ours": timed(our_way(view, crops))}
+
+
+def main() -> None:
+    given = options().parse_args()
+    run(parts(given), given)
 
 
 if __name__ == "__main__":

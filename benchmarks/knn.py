@@ -1,10 +1,11 @@
-"""kNN of 10,000 queries in a bank of 50,000 x 512: scikit-learn, DINO's chunked loop, ours; interleaved.
+"""kNN of 10,000 queries in a bank of 50,000 x 512: scikit-learn, DINO's chunked loop, ours; in turns.
 
     python -m benchmarks.knn [--bank 50000] [--queries 10000] [--dim 512] [--rounds 3]
 
 The baselines follow sklearn.neighbors.KNeighborsClassifier(algorithm="brute", metric="cosine") and the loop of
 facebookresearch/dino's eval_knn.py: a matrix product and a topk per chunk of a hundredth of the queries. Ours are
-`eval.knn` as it is, the time in which it measures the shortlist's recall included.
+`eval.knn` as it is, the time in which it measures the shortlist's recall included. How it is measured stands in
+benchmarks/compare.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import ssl.openmp  # before torch  # noqa: F401
 
 # isort: split
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.compare import Part, Way, parser_of, run, timed
 from eval.knn import knn
 
 NUM_CLASSES, K, TEMPERATURE = 10, 20, 0.07
@@ -62,32 +64,35 @@ def ours(index: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], float]:
     return way
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("bank", 50_000), ("queries", 10_000), ("dim", 512), ("rounds", 3)):
+SCIKIT_LEARN, DINO = "scikit-learn brute", "DINO's loop"
+WANTED = {SCIKIT_LEARN: 4.5, DINO: 1.7}
+QUICK = ["--bank", "5000", "--queries", "1000"]
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=3)
+    for name, default in (("bank", 50_000), ("queries", 10_000), ("dim", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    return parser
+
+
+def parts(given: argparse.Namespace) -> Iterator[Part]:
+    """Our default index, and the bfloat16 shortlist."""
+    size = f"{given.queries:,} queries, {given.bank:,} x {given.dim}"
+    for index, name in (("auto", "kNN"), ("shortlist", "kNN by shortlist")):
+        yield Part(f"{name}, {size}", "queries", given.queries, partial(ways, given, index), WANTED)
+
+
+def ways(given: argparse.Namespace, index: str) -> dict[str, Way]:
+    """All search the same features."""
     data = (*made_features(given.bank, given.dim, seed=1), *made_features(given.queries, given.dim, seed=2))
-    ways = {
-        "scikit-learn brute": scikit_learn,
-        "DINO's loop": dino,
-        "ours": ours("auto"),
-        "ours, shortlist": ours("shortlist"),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    top1 = {}
-    for _ in range(given.rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            top1[name] = way(*data)
-            seconds[name].append(time.perf_counter() - began)
-    threads = torch.get_num_threads()
-    print(f"{given.queries:,} queries in {given.bank:,} x {given.dim}, {threads} threads, best of {given.rounds}")
-    slowest = min(seconds["scikit-learn brute"])
-    for name, times in seconds.items():
-        best = min(times)
-        speed = f"{best:8.2f} s{given.queries / best:10,.0f}/s  ratio {slowest / best:5.2f}"
-        print(f"{name:<20}{speed}  top-1 {top1[name]:.4f}")
+    all_ways = {SCIKIT_LEARN: scikit_learn, DINO: dino, "ours": ours(index)}
+    return {name: timed(partial(way, *data)) for name, way in all_ways.items()}
+
+
+def main() -> None:
+    given = options().parse_args()
+    run(parts(given), given)
 
 
 if __name__ == "__main__":

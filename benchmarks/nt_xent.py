@@ -1,26 +1,30 @@
 """NT-Xent in chunks beside cross entropy over the whole similarity matrix, forward and backward.
 
-    python -m benchmarks.nt_xent --num-embeddings 8192 --dim 128 --threads 2
+    python -m benchmarks.nt_xent --num-embeddings 8192 16384 --dim 128 --threads 2
 
-Each way runs in processes of its own, interleaved, so that its peak memory can be told; the ratios are of the medians.
-lightly's NTXentLoss takes part where the package `lightly`, which this project does not need, is installed.
+Each way runs in processes of its own, in turns, so that its peak memory beyond the embeddings can be told. The peer is
+lightly's NTXentLoss where the package `lightly`, which this project does not need, is installed, else the same loss
+over the whole matrix as the peers write it. How it is measured stands in benchmarks/compare.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import resource
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.compare import Part, Sample, Way, in_fresh_process, parser_of, run
 from ssl.methods.nt_xent import nt_xent
+
+LIGHTLY, WHOLE = "lightly's NTXentLoss", "whole matrix"
+WANTED, WANTED_MEMORY = 3.0, 30.0
 
 
 def whole_matrix(embeddings: Tensor, temperature: float) -> Tensor:
@@ -50,27 +54,35 @@ def in_chunks(embeddings: Tensor, temperature: float) -> Tensor:
 
 
 def measure(
-    loss_function: Callable[[Tensor, float], Tensor], options: argparse.Namespace
-) -> tuple[float, float, float, float]:
-    """Seconds per forward and backward, peak MiB above what the embeddings took, the loss, the gradient's norm."""
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(options.num_embeddings // 2, 2, options.dim, generator=generator).to(device)
-    embeddings.requires_grad_()
-    loss_function(embeddings[:8], options.temperature).backward()  # loads what is loaded on first use
+    loss_function: Callable[[Tensor, float], Tensor],
+    num_embeddings: int,
+    dim: int,
+    temperature: float,
+    threads: int,
+    device_name: str,
+    repeats: int,
+) -> Sample:
+    """The fastest forward and backward, and the peak of memory above what the embeddings took."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    embeddings = made_embeddings(num_embeddings, dim).to(device).requires_grad_()
+    loss_function(embeddings[:8], temperature).backward()  # loads what is loaded on first use
     before = _peak(device)
-    seconds, loss = [], torch.zeros(())
-    for _ in range(options.repeats):
+    samples = []
+    for _ in range(repeats):
         embeddings.grad = None
         _wait(device)
-        start = time.perf_counter()
-        loss = loss_function(embeddings, options.temperature)
-        loss.backward()
+        began, cpu_began = time.perf_counter(), time.process_time()
+        loss_function(embeddings, temperature).backward()
         _wait(device)
-        seconds.append(time.perf_counter() - start)
-    assert embeddings.grad is not None
-    return min(seconds), _peak(device) - before, loss.item(), embeddings.grad.norm().item()
+        samples.append((time.perf_counter() - began, time.process_time() - cpu_began))
+    wall, cpu = (min(column) for column in zip(*samples))
+    return Sample(wall, cpu, _peak(device) - before)
+
+
+def made_embeddings(num_embeddings: int, dim: int) -> Tensor:
+    """(N, V=2, Z) of noise."""
+    return torch.randn(num_embeddings // 2, 2, dim, generator=torch.Generator().manual_seed(0))
 
 
 def _wait(device: torch.device) -> None:
@@ -79,37 +91,52 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> float:
+    """MiB held at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-embeddings", type=int, default=8192, help="2N, over both views")
+QUICK = ["--num-embeddings", "2048", "--repeats", "1"]
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=3)
+    parser.add_argument("--num-embeddings", type=int, nargs="+", default=[8192, 16384], help="2N, over both views")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="runs in one process; the fastest counts")
-    parser.add_argument("--rounds", type=int, default=3, help="processes for each way, interleaved")
-    options = parser.parse_args()
-    ways = {"whole matrix": whole_matrix, "in chunks": in_chunks}
-    if importlib.util.find_spec("lightly"):
-        ways["lightly"] = lightly_loss
-    rounds = {name: [] for name in ways}
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rounds[name].append(pool.apply(measure, (way, options)))
-    print(" ".join(f"{name}={value}" for name, value in vars(options).items()))
-    ours = [statistics.median(column) for column in zip(*rounds["in chunks"])]
-    for name, rows in rounds.items():
-        seconds, mib, loss, gradient = (statistics.median(column) for column in zip(*rows))
-        print(
-            f"{name:13} {seconds:7.3f} s ({seconds / ours[0]:5.2f} x ours)   peak {mib:7.1f} MiB "
-            f"({mib / max(ours[1], 0.1):5.1f} x ours)   loss {loss:.6f}   gradient norm {gradient:.6e}"
+    return parser
+
+
+def parts(given: argparse.Namespace) -> Iterator[Part]:
+    """A part for each number of embeddings."""
+    has_lightly = importlib.util.find_spec("lightly") is not None
+    peer = LIGHTLY if has_lightly else WHOLE
+    for num in given.num_embeddings:
+        yield Part(
+            f"NT-Xent forward and backward, 2N = {num:,}, dim {given.dim}, {given.device}",
+            "embeddings",
+            num,
+            partial(ways, given, num, peer),
+            {peer: WANTED},
+            {peer: WANTED_MEMORY},
+            warm_ups=0,  # every round is a fresh process
+            note="" if has_lightly else f"lightly is not installed; the peer is its form of the loss, the {WHOLE}",
         )
+
+
+def ways(given: argparse.Namespace, num: int, peer: str) -> dict[str, Way]:
+    """The peer's and ours, each in fresh processes."""
+    setting = (num, given.dim, given.temperature, given.threads, given.device, given.repeats)
+    theirs = lightly_loss if peer == LIGHTLY else whole_matrix
+    return {peer: in_fresh_process(measure, theirs, *setting), "ours": in_fresh_process(measure, in_chunks, *setting)}
+
+
+def main() -> None:
+    given = options().parse_args()
+    run(parts(given), given)
 
 
 if __name__ == "__main__":
