@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssl.schedules import Schedule
 
 
 class Average(Protocol):
@@ -108,3 +110,56 @@ def fresh_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for part, momentum in zip(norms, momenta, strict=True):
             part.momentum = momentum
+
+
+@torch.no_grad()
+def renew_statistics(module: nn.Module, average: Average, batches: Iterable[dict[str, Any]]) -> None:
+    """Give the averaged weights BatchNorm statistics of their own, from one pass over the views of all images as they
+    are trained on (Izmailov et al. 2018, section 3.2). Ranks that see the same batches get the same.
+    """
+    if not has_batchnorm(module):
+        return
+    training = module.training
+    module.train()
+    with weights_of(module, average.tensors), fresh_statistics(module):
+        for batch in batches:
+            if len(batch["index"]) > 1:  # the rest of the set may be a single image, which has no deviation
+                module(batch)
+    module.train(training)
+
+
+def make_average(method: nn.Module, settings: Any, *, steps_per_epoch: int, stop_step: int) -> Average | None:
+    """The average of the weights that the trainer's settings ask for, if any."""
+    if settings.ema_decay is not None:
+        return MovingAverage(averaged_copy(method), settings.ema_decay)
+    if settings.swa_start_epoch is None:
+        return None
+    start = round(settings.swa_start_epoch * steps_per_epoch)
+    if not 0 < start <= stop_step:
+        raise ValueError(
+            f"trainer.swa_start_epoch={settings.swa_start_epoch:g} must lie within the run, above 0 and at most "
+            f"{stop_step / steps_per_epoch:g}"
+        )
+    every = max(round(settings.swa_every_epochs * steps_per_epoch), 1)
+    return StochasticWeightAverage(averaged_copy(method), start_step=start, every_steps=every)
+
+
+def averaged_lr(
+    schedule: Schedule, peak_lr: float, average: Average | None, swa_lr_factor: float | None
+) -> Callable[[int], float]:
+    """A step's learning rate: the schedule's, and where asked for a constant one once the weights are averaged."""
+    if swa_lr_factor is None:
+        return lambda step: peak_lr * schedule.factor(step)
+    assert isinstance(average, StochasticWeightAverage)
+    start = average.start_step
+    return lambda step: peak_lr * (schedule.factor(step) if step < start else swa_lr_factor)
+
+
+def average_note(average: Average | None, settings: Any) -> str:
+    """What is averaged, behind the schedule's line."""
+    if isinstance(average, MovingAverage):
+        return f"; moving average of the weights, {average.decay:g}"
+    if isinstance(average, StochasticWeightAverage):
+        rate = "" if settings.swa_lr_factor is None else f", from there at {settings.swa_lr_factor:g} of the peak"
+        return f"; weights averaged every {average.every_steps} steps from step {average.start_step}{rate}"
+    return ""

@@ -63,3 +63,37 @@ class Evaluation(Protocol):
     def __call__(self, subject: OnlineSubject) -> dict[str, float]:
         """Metrics, the same on every rank. Raises StopRun where the run shall end, on every rank alike."""
         ...
+
+
+def evaluate_all(evaluations: Mapping[str, Evaluation], subject: OnlineSubject, ended: list[str]) -> dict[str, float]:
+    """What all evaluations find. One that ends the run is heard when the others are done."""
+    metrics: dict[str, float] = {}
+    verdict: StopRun | None = None
+    for evaluation in evaluations.values():
+        try:
+            metrics |= evaluation(subject)
+        except StopRun as stop:
+            metrics |= stop.metrics
+            verdict = verdict or stop
+    if verdict is not None:
+        ended.append(str(verdict))
+        verdict.metrics = metrics
+        raise verdict
+    return metrics
+
+
+@torch.no_grad()
+def show_start(evaluations: Mapping[str, Evaluation], subject: OnlineSubject) -> None:
+    """Let evaluations that compare with it see the model before its first step."""
+    subject.method.eval()
+    for evaluation in evaluations.values():
+        if hasattr(evaluation, "begin"):
+            evaluation.begin(subject)  # pyright: ignore[reportAttributeAccessIssue]
+    subject.method.train()
+
+
+def load_evaluations(evaluations: Mapping[str, Evaluation], states: Mapping[str, Any]) -> None:
+    """Give each evaluation what the checkpoint kept of it."""
+    for name, evaluation in evaluations.items():
+        if name in states and hasattr(evaluation, "load"):
+            evaluation.load(states[name])  # pyright: ignore[reportAttributeAccessIssue]

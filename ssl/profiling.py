@@ -7,6 +7,7 @@ the times. On a GPU the parts are timed on its own clock, between events in its 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 from collections import defaultdict
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
+
+log = logging.getLogger(__name__)
 
 WARMUP = 5
 NUM_OPERATORS = 5
@@ -34,6 +37,22 @@ Intervals = list[tuple[float, float]]
 def steps_needed(profile_steps: int) -> int:
     """How many steps a run must have for a profile of so many."""
     return WARMUP + 2 * profile_steps
+
+
+def is_profiled(profile_steps: int | None, *, start_step: int, stop_step: int) -> bool:
+    """Whether this start of a run is profiled. ValueError for a run that is too short, a warning for what is left of
+    one.
+    """
+    if profile_steps is None or start_step >= stop_step:
+        return False
+    needed = steps_needed(profile_steps)
+    if stop_step - start_step >= needed:
+        return True
+    words = f"trainer.profile_steps={profile_steps} needs {needed} steps (to warm up, to time, to trace)"
+    if start_step == 0:
+        raise ValueError(f"{words} and the run has {stop_step}; lower it, or lengthen the run")
+    log.warning("%s and only %d are left; no profile is written", words, stop_step - start_step)
+    return False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
-from ssl.averaging import (
-    Average,
-    MovingAverage,
-    StochasticWeightAverage,
-    averaged_copy,
-    fresh_statistics,
-    has_batchnorm,
-    weights_of,
-)
+from ssl.averaging import StochasticWeightAverage, average_note, averaged_lr, make_average, renew_statistics
 from ssl.config import plain, wrong_types
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
@@ -33,15 +25,15 @@ from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
 from ssl.methods.base import Batch, Method
 from ssl.models.backbones import BackboneSpec, is_token_model
-from ssl.online import Evaluation, OnlineSubject, StopRun
+from ssl.online import Evaluation, OnlineSubject, StopRun, evaluate_all, load_evaluations, show_start
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
 from ssl.pictures import reconstruction_panel, views_panel
 from ssl.plan import describe_plan, flops_per_image, utilization
 from ssl.profile_report import write_summary
-from ssl.profiling import Profile, StepProfiler, steps_needed
+from ssl.profiling import Profile, StepProfiler, is_profiled
 from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
 from ssl.same_run import same_images, same_recipe
-from ssl.schedules import Schedule, make_schedule
+from ssl.schedules import make_schedule
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
 
@@ -138,8 +130,8 @@ def train(
         milestones=plain(config.schedule.milestones),
         gamma=config.schedule.gamma,
     )
-    average = _make_average(method, settings, steps_per_epoch=steps_per_epoch, stop_step=stop_step)
-    lr = _lr(schedule, peak_lr, average, settings.swa_lr_factor)
+    average = make_average(method, settings, steps_per_epoch=steps_per_epoch, stop_step=stop_step)
+    lr = averaged_lr(schedule, peak_lr, average, settings.swa_lr_factor)
 
     # ---- the past of this run --------------------------------------------------------------------------------------
     config_yaml = OmegaConf.to_yaml(config, resolve=True)
@@ -153,7 +145,7 @@ def train(
     start_step, scaler_state = 0, {}
     if resumed is not None:
         state, optimizer_tensors = resumed
-        _load_evaluations(evaluations, state.get("evaluations", {}))
+        load_evaluations(evaluations, state.get("evaluations", {}))
         if not config.accept_changes:
             same_images(state, source, out)
             if state.get("ended"):
@@ -174,7 +166,7 @@ def train(
     use = utilization(
         flops, device=device, dtype=dtype, convolutional=channels_last, num_devices=distributed.world_size()
     )
-    profiling = _profiles(settings.profile_steps, start_step=start_step, stop_step=stop_step)
+    profiling = is_profiled(settings.profile_steps, start_step=start_step, stop_step=stop_step)
     tracker = Tracker(
         out,
         config=plain(config),
@@ -197,7 +189,7 @@ def train(
             f"{plan}; {dtype_name(dtype)} on {device}",
             *filter(None, [use.describe()]),
             f"{batch}{_statistics_note(batch, method)}",
-            f"{arithmetic}; {schedule.describe()}{_average_note(average, settings)}",
+            f"{arithmetic}; {schedule.describe()}{average_note(average, settings)}",
             recipe_table(rows),
         ]
         print("\n".join(announcement), flush=True)
@@ -231,11 +223,12 @@ def train(
         )
 
     def on_evaluate(step: int) -> dict[str, float]:
-        return _evaluate(evaluations, subject(step), ended)
+        return evaluate_all(evaluations, subject(step), ended)
 
     def on_save(step: int) -> None:
         if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == stop_step or ended):
-            _renew_statistics(method, average, loader, augment, device=device, batch_size=batch.device_batch_size)
+            shown = loader.sequential(batch_size=min(batch.device_batch_size, len(loader)))  # on every rank
+            renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
         distributed.barrier()
         if main:
             checkpoint.save(
@@ -303,7 +296,7 @@ def train(
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
     if trainer.evaluate is not None and start_step == 0 and stop_step >= trainer.evaluate_every_steps:
-        _show_start(evaluations, subject(0))
+        show_start(evaluations, subject(0))
     try:
         with loader:
             batches = loader.batches(
@@ -323,109 +316,6 @@ def train(
             profiler.close()
         tracker.close()
     return latest
-
-
-def _profiles(profile_steps: int | None, *, start_step: int, stop_step: int) -> bool:
-    """Whether this start of a run is profiled. ValueError for a run that is too short, a warning for what is left of
-    one.
-    """
-    if profile_steps is None or start_step >= stop_step:
-        return False
-    needed = steps_needed(profile_steps)
-    if stop_step - start_step >= needed:
-        return True
-    words = f"trainer.profile_steps={profile_steps} needs {needed} steps (to warm up, to time, to trace)"
-    if start_step == 0:
-        raise ValueError(f"{words} and the run has {stop_step}; lower it, or lengthen the run")
-    log.warning("%s and only %d are left; no profile is written", words, stop_step - start_step)
-    return False
-
-
-def _make_average(method: Method, settings: Any, *, steps_per_epoch: int, stop_step: int) -> Average | None:
-    """The average of the weights that the trainer's settings ask for, if any."""
-    if settings.ema_decay is not None:
-        return MovingAverage(averaged_copy(method), settings.ema_decay)
-    if settings.swa_start_epoch is None:
-        return None
-    start = round(settings.swa_start_epoch * steps_per_epoch)
-    if not 0 < start <= stop_step:
-        raise ValueError(
-            f"trainer.swa_start_epoch={settings.swa_start_epoch:g} must lie within the run, above 0 and at most "
-            f"{stop_step / steps_per_epoch:g}"
-        )
-    every = max(round(settings.swa_every_epochs * steps_per_epoch), 1)
-    return StochasticWeightAverage(averaged_copy(method), start_step=start, every_steps=every)
-
-
-def _lr(
-    schedule: Schedule, peak_lr: float, average: Average | None, swa_lr_factor: float | None
-) -> Callable[[int], float]:
-    """A step's learning rate: the schedule's, and where asked for a constant one once the weights are averaged."""
-    if swa_lr_factor is None:
-        return lambda step: peak_lr * schedule.factor(step)
-    assert isinstance(average, StochasticWeightAverage)
-    start = average.start_step
-    return lambda step: peak_lr * (schedule.factor(step) if step < start else swa_lr_factor)
-
-
-def _average_note(average: Average | None, settings: Any) -> str:
-    if isinstance(average, MovingAverage):
-        return f"; moving average of the weights, {average.decay:g}"
-    if isinstance(average, StochasticWeightAverage):
-        rate = "" if settings.swa_lr_factor is None else f", from there at {settings.swa_lr_factor:g} of the peak"
-        return f"; weights averaged every {average.every_steps} steps from step {average.start_step}{rate}"
-    return ""
-
-
-def _evaluate(evaluations: Mapping[str, Evaluation], subject: OnlineSubject, ended: list[str]) -> dict[str, float]:
-    """What all evaluations find. One that ends the run is heard when the others are done."""
-    metrics: dict[str, float] = {}
-    verdict: StopRun | None = None
-    for evaluation in evaluations.values():
-        try:
-            metrics |= evaluation(subject)
-        except StopRun as stop:
-            metrics |= stop.metrics
-            verdict = verdict or stop
-    if verdict is not None:
-        ended.append(str(verdict))
-        verdict.metrics = metrics
-        raise verdict
-    return metrics
-
-
-@torch.no_grad()
-def _show_start(evaluations: Mapping[str, Evaluation], subject: OnlineSubject) -> None:
-    """Let evaluations that compare with it see the model before its first step."""
-    subject.method.eval()
-    for evaluation in evaluations.values():
-        if hasattr(evaluation, "begin"):
-            evaluation.begin(subject)  # pyright: ignore[reportAttributeAccessIssue]
-    subject.method.train()
-
-
-def _load_evaluations(evaluations: Mapping[str, Evaluation], states: Mapping[str, Any]) -> None:
-    for name, evaluation in evaluations.items():
-        if name in states and hasattr(evaluation, "load"):
-            evaluation.load(states[name])  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@torch.no_grad()
-def _renew_statistics(
-    method: Method, average: Average, loader: Loader, augment: Augment, *, device: torch.device, batch_size: int
-) -> None:
-    """Give the averaged weights BatchNorm statistics of their own, from one pass over the images as they are trained on
-    (Izmailov et al. 2018, section 3.2). Each rank sees them all, so that all have the same.
-    """
-    if not has_batchnorm(method):
-        return
-    training = method.training
-    method.train()
-    with weights_of(method, average.tensors), fresh_statistics(method):
-        for batch in loader.sequential(batch_size=min(batch_size, len(loader))):
-            if len(batch["index"]) > 1:  # the rest of the set may be a single image, which has no deviation
-                method(augment(to_device(batch, device)))
-    method.train(training)
 
 
 def _attend_by_matmul(method: Method) -> None:
