@@ -1,40 +1,52 @@
-"""A training step of MAE as the reference writes it beside ours: forward, backward and AdamW, on the CPU.
+"""A training step of MAE as the reference writes it beside ours: forward, backward and AdamW.
 
-    python -m benchmarks.mae_step --model vit_base_patch16_224 --batch-size 8 --repeats 3 --threads 2
+    python -m benchmarks.mae_step --model vit_base_patch16_224 --batch-size 8 --threads 2
+    python -m benchmarks.mae_step --device cuda --batch-size 256 --steps 20
+    python -m benchmarks.mae_step --device cuda --model vit_large_patch16_224 --batch-size 128 --steps 20
 
-The reference decodes in fp32 in the image's order and predicts every patch, with torch's default AdamW. Ours runs under
-bf16 autocast with fused AdamW and plain matmul attention. Steps are interleaved; the ratios are of the medians and of
-the fastest steps, which other load on the machine disturbs less.
+The reference decodes in the image's order and predicts every patch, with torch's default AdamW. Ours runs in bf16, with
+fused AdamW, and on a CPU with plain matmul attention. --all sets each choice of ours alone beside it. How it is
+measured stands in benchmarks/compare.py, what a step is in benchmarks/step.py. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ssl.methods.base import Batch
+from benchmarks.compare import Part, Way, parser_of, run
+from benchmarks.step import (
+    LR,
+    Step,
+    add_options,
+    attend_by_matmul,
+    made_batch,
+    our_step,
+    peers_step,
+    steps_in_a_round,
+)
+from ssl.methods.base import Batch, Method
 from ssl.methods.mae import MAE, num_visible, patchify
 from ssl.models.backbones import build_backbone
 from ssl.models.tokens import encode
 
+REFERENCE = "the reference"
 
-def build(name: str, *, is_fused: bool) -> MAE:
+
+def build(name: str, image_size: int) -> MAE:
     torch.manual_seed(0)
-    backbone, _ = build_backbone(name, image_size=(224, 224))
-    method = MAE(backbone, image_size=(224, 224))
-    for module in method.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = is_fused  # pyright: ignore
-    return method
+    size = (image_size, image_size)
+    backbone, _ = build_backbone(name, image_size=size)
+    return MAE(backbone, image_size=size)
 
 
-def reference_loss(method: MAE, batch: Batch) -> Tensor:
+def reference_loss(method: Method, batch: Batch) -> Tensor:
     """Append mask tokens, gather all tokens into the image's order, predict every patch, average over the masked."""
+    assert isinstance(method, MAE)
     image, noise = batch["views"][0], batch["noise"]
     visible = num_visible(method.num_noise, method.mask_ratio)
     shuffle = noise.argsort(dim=1)  # (B, N)
@@ -54,73 +66,50 @@ def reference_loss(method: MAE, batch: Batch) -> Tensor:
     return (loss * mask).sum() / mask.sum()
 
 
-def reference_step(method: MAE) -> Callable[[Batch], float]:
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4)
-
-    def step(batch: Batch) -> float:
-        optimizer.zero_grad()
-        loss = reference_loss(method, batch)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=3)
+    add_options(parser, model="vit_base_patch16_224", batch_size=8)
+    parser.add_argument("--all", action="store_true", help="also each choice alone; 1.8 GB more for each at ViT-B")
+    return parser
 
 
-def our_step(method: MAE, precision: str) -> Callable[[Batch], float]:
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4, fused=True)
+QUICK = ["--model", "vit_tiny_patch16_224", "--batch-size", "4", "--image-size", "64"]
 
-    def step(batch: Batch) -> float:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = method(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        return loss.item()
 
-    return step
+def parts(given: argparse.Namespace) -> Iterator[Part]:
+    """The one step, of the model that was given."""
+    size = f"{given.image_size} px, batch {given.batch_size}, {given.device}"
+    amount = given.batch_size * given.steps
+    yield Part(f"MAE step, {given.model}, {size}", "images", amount, partial(ways, given), {REFERENCE: 2})
+
+
+def ways(given: argparse.Namespace) -> dict[str, Way]:
+    """All start from equal weights and see the same images."""
+    steps = reference_and_ours(given)
+    method = build(given.model, given.image_size)
+    size = (given.image_size, given.image_size)
+    batch = made_batch(given.batch_size, size, views=1, num_noise=method.num_noise, device=given.device)
+    return {name: steps_in_a_round(step, batch, num=given.steps, device=given.device) for name, step in steps.items()}
+
+
+def reference_and_ours(given: argparse.Namespace) -> dict[str, Step]:
+    """Each way's step, of a model of its own."""
+    new = partial(build, given.model, given.image_size)
+    theirs = new()
+    adamw = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=LR, weight_decay=0.05)
+    ours = partial(our_step, optimizer="adamw", options={}, device=given.device)
+    steps = {REFERENCE: peers_step(theirs, reference_loss, adamw, given.device)}
+    if given.all:
+        steps["ours in fp32"] = ours(new(), dtype=torch.float32)
+        if given.device == "cpu":
+            steps["ours, fused attention"] = ours(new(), dtype=torch.bfloat16)
+    last = attend_by_matmul(new()) if given.device == "cpu" else new()
+    return steps | {"ours": ours(last, dtype=torch.bfloat16)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--all", action="store_true", help="also each choice of ours alone; 1.8 GB more for each at ViT-B"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    steps = {
-        "reference, fp32": reference_step(build(options.model, is_fused=True)),
-        "ours, bf16": our_step(build(options.model, is_fused=False), "bf16"),
-    }
-    if options.all:
-        steps["ours, fp32"] = our_step(build(options.model, is_fused=True), "fp32")
-        steps["ours, bf16, fused attention"] = our_step(build(options.model, is_fused=True), "bf16")
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "views": [torch.randn(options.batch_size, 3, 224, 224, generator=generator)],
-        "noise": torch.rand(options.batch_size, 196, generator=generator),
-    }
-    first = {name: step(batch) for name, step in steps.items()}  # warms up, from equal weights
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            seconds[name].append(time.perf_counter() - start)
-    reference = seconds["reference, fp32"]
-    print(f"{options.model}, batch {options.batch_size}, {options.threads} threads, torch {torch.__version__}")
-    print(
-        f"{'':28} {'median s':>9} {'fastest s':>9} {'images/s':>9} {'ratio':>6} {'of fastest':>10} {'first loss':>10}"
-    )
-    for name, times in seconds.items():
-        median, fastest = statistics.median(times), min(times)
-        ratio, of_fastest = statistics.median(reference) / median, min(reference) / fastest
-        rate = options.batch_size / median
-        print(f"{name:28} {median:9.2f} {fastest:9.2f} {rate:9.2f} {ratio:6.2f} {of_fastest:10.2f} {first[name]:10.5f}")
+    given = options().parse_args()
+    run(parts(given), given)
 
 
 if __name__ == "__main__":
