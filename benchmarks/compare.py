@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -185,12 +185,15 @@ def measure(part: Entry, *, rounds: int) -> Sequence[Result]:
     return rows(part, take_turns(part.ways(), rounds=rounds, warm_ups=part.warm_ups))
 
 
-def chosen(parts: Iterable[Entry], words: Sequence[str]) -> Iterator[Entry]:
+T = TypeVar("T")
+
+
+def chosen(parts: Iterable[T], words: Sequence[str], *, name: Callable[[T], str]) -> Iterator[T]:
     """The parts whose name holds one of `words`; all where there are none. Raises ValueError where none is left."""
     names, found = [], False
     for part in parts:
-        names.append(part.name)
-        if not words or any(word.lower() in part.name.lower() for word in words):
+        names.append(name(part))
+        if not words or any(word.lower() in names[-1].lower() for word in words):
             found = True
             yield part
     if not found:
@@ -345,7 +348,7 @@ def run(parts: Iterable[Entry], given: argparse.Namespace) -> list[Result]:
         print(f"{name}: {value}")
     results: list[Result] = []
     show = Printer()
-    for part in chosen(parts, given.parts):
+    for part in chosen(parts, given.parts, name=lambda part: part.name):
         for result in measure(part, rounds=given.rounds):
             results.append(result)
             show(result)
