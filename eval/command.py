@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 
 import ssl.distributed as distributed
 from eval.config import EvalConfig, register
+from eval.protocols import brief, protocol_difference, read_result
 from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
@@ -62,6 +64,7 @@ def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
     result = {"metrics": metrics, "protocol": protocol, "path": str(path)}
     if not distributed.is_main():
         return result
+    replaced = replaces(path, protocol)
     write_results(path, metrics=metrics, protocol=protocol, details=details)
     data = protocol["data"]
     print(
@@ -70,8 +73,22 @@ def report(config: DictConfig, judged: Judged, score: Score) -> dict[str, Any]:
     )
     for note in protocol["notes"]:
         print(f"note: {note}")
-    print(f"written: {path}", flush=True)
+    print(f"written: {path}{replaced}", flush=True)
     return result
+
+
+def replaces(path: Path, protocol: dict[str, Any]) -> str:
+    """What a person must know before an older result goes: that it was measured in another way, or on other images."""
+    if not path.exists():
+        return ""
+    try:
+        differing = protocol_difference(read_result(path)["protocol"], protocol)
+    except ValueError:
+        return ""  # no result of ours
+    if not differing:
+        return ""
+    shown = ", ".join(f"{name} {brief(old)} -> {brief(new)}" for name, (old, new) in list(differing.items())[:3])
+    return f", in the place of one of another protocol ({shown}); name= keeps both"
 
 
 def in_words(metrics: Mapping[str, float]) -> str:
@@ -92,22 +109,32 @@ def same_subject(config: DictConfig) -> str:
     return shlex.join(words if own in words else [own])  # called from Python nothing was typed
 
 
-def start(run: Callable[[DictConfig], dict[str, Any]], schema: type, *, command: str, objective: str = "top1") -> None:
-    """The command line of `schema`; a sweep is told the metric `objective`, of a multi-label set `map`.
+Objective = Callable[[dict[str, Any]], float | None]
+"""From a result to what a sweep optimizes: held-out images or no labels, never the test split."""
+
+
+def start(
+    run: Callable[[DictConfig], dict[str, Any]],
+    schema: type,
+    *,
+    command: str,
+    objective: Objective = lambda result: None,
+) -> None:
+    """The command line of `schema`; a sweep is told the `objective`, nothing where there is none.
 
     A missing `ckpt` ends it with exit code 2, another mistake with 1 and a message.
     """
     register(schema)
 
-    def task(config: DictConfig) -> float:
+    def task(config: DictConfig) -> float | None:
         if config.ckpt is None:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
         check(config, schema)
         if distributed.world_size() > 1:
             distributed.start(config.device.name)
-        metrics = run(config)["metrics"]
+        result = run(config)
         distributed.stop()  # not after an error: the other ranks may wait in a collective for ever
-        return metrics["map" if objective == "top1" and "map" in metrics else objective]
+        return objective(result)
 
     run_command(task, config_name=command.removeprefix("eval."))

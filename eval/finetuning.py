@@ -30,6 +30,7 @@ class FineTuning(Method):
         self.view_size = image_size
         self.mixing = mixing
         self.num_noise = mixing.num_noise
+        self.depends_on_ranks = mixing.num_noise > 0
         self.std = list(std)
         self.layers: list[HiddenLayer] = []
         if isinstance(mixing, ManifoldMixup | PatchUp):

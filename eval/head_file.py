@@ -8,7 +8,6 @@ It is written under a temporary name, then renamed: a folder with its final name
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.heads import Standardizer
+from ssl.tensor_files import sha256 as sha256_of
 
 FORMAT = 1
 WEIGHTS, CARD = "head.safetensors", "head.json"
@@ -45,6 +45,8 @@ class Head:
     """Which features of the backbone it reads."""
     image_size: tuple[int, int]
     """Height and width of the images that these were read from, in pixels."""
+    data: dict[str, Any] | None = None
+    """Which split of which images it was trained on; None where that was not said."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
@@ -69,12 +71,13 @@ def save_head(
     features: Mapping[str, Any],
     image_size: Sequence[int],
     multi_label: bool = False,
+    data: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a head of `weight` (C, D) and `bias` (C,) whole or not at all, in the place of an older one.
 
     `features` tells which features of the backbone it reads, as JSON values, `image_size` (height, width) of which
-    images. Raises ValueError where the shapes do not
-    fit each other or a number is not finite, OSError where it cannot be written.
+    images, `data` on which it was trained. Raises ValueError where the shapes do not fit each other or a number is not
+    finite, OSError where it cannot be written.
     """
     _check_tensors(weight, bias, classes, what="a head to be saved")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -91,7 +94,8 @@ def save_head(
             "multi_label": multi_label,
             "features": dict(features),
             "image_size": list(image_size),
-            "head_sha256": _sha256(partial / WEIGHTS),
+            "data": None if data is None else dict(data),
+            "head_sha256": sha256_of(partial / WEIGHTS),
         }
         (partial / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
         if folder.exists():
@@ -123,7 +127,7 @@ def load_head(folder: str | Path) -> Head:
     if missing:
         raise ValueError(f"{folder} is not a whole head: {CARD} lacks {', '.join(missing)}; probe the backbone again")
     path = folder / WEIGHTS
-    if not path.is_file() or _sha256(path) != card["head_sha256"]:
+    if not path.is_file() or sha256_of(path) != card["head_sha256"]:
         raise ValueError(f"{folder} is damaged: {WEIGHTS} is not what was written; probe the backbone again")
     tensors = load_file(path)
     _check_tensors(tensors["weight"], tensors["bias"], card["classes"], what=str(folder))
@@ -136,6 +140,7 @@ def load_head(folder: str | Path) -> Head:
         sha256=card["sha256"],
         features=card["features"],
         image_size=(card["image_size"][0], card["image_size"][1]),
+        data=card.get("data"),
     )
 
 
@@ -147,8 +152,3 @@ def _check_tensors(weight: Tensor, bias: Tensor, classes: Sequence[str], *, what
         )
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ValueError(f"{what} holds numbers that are not finite: it diverged")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -239,4 +239,4 @@ def _lines(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> list[st
 
 
 if __name__ == "__main__":
-    start(run, HealthConfig, command="eval.health", objective="rankme")
+    start(run, HealthConfig, command="eval.health", objective=lambda result: result["metrics"]["rankme"])

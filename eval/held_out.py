@@ -64,13 +64,14 @@ class HeldOut:
     """An evaluation for `ssl.training.train`: accuracy and loss of a model on images that it is not trained on.
 
     With `patience`, the run ends after that many evaluations without a better accuracy, and when it ends, then or at
-    its last step, the model gets back the weights of its best evaluation (`<folder>/best.safetensors`): the choice is
-    made on these images, never on the test split.
+    the last step of its schedule, the model gets back the weights of its best evaluation
+    (`<folder>/best_<step>.safetensors`): the choice is made on these images, never on the test split.
     """
 
     def __init__(self, source: Source, *, folder: Path, patience: int | None, **shown: Any) -> None:
-        self.source, self.path, self.patience, self.shown = source, folder / "best.safetensors", patience, shown
+        self.source, self.folder, self.patience, self.shown = source, folder, patience, shown
         self.best, self.best_step, self.worse, self.ended = -1.0, 0, 0, False
+        self._told = 0  # the best step that the last checkpoint knows of
 
     def __call__(self, subject: OnlineSubject) -> dict[str, float]:
         method = subject.method
@@ -94,14 +95,14 @@ class HeldOut:
     def _compare(self, score: float, method: nn.Module, subject: OnlineSubject, metrics: dict[str, float]) -> None:
         if score > self.best:
             self.best, self.best_step, self.worse = score, subject.step, 0
-            _write(method.state_dict(), self.path)
+            _write(method.state_dict(), self._path(subject.step))
         else:
             self.worse += 1
         assert self.patience is not None
         self.ended = self.worse >= self.patience or subject.last
         if not self.ended:
             return
-        best = load_tensors(self.path)
+        best = load_tensors(self._path(self.best_step))
         with torch.no_grad():
             for name, tensor in method.state_dict().items():
                 tensor.copy_(best[name])
@@ -111,14 +112,21 @@ class HeldOut:
             metrics,
         )
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"best_{step:08d}.safetensors"
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps. Weights that neither it nor the one before it knows of are removed."""
+        for path in self.folder.glob("best_*.safetensors"):
+            if path not in (self._path(self.best_step), self._path(self._told)):
+                path.unlink(missing_ok=True)
+        self._told = self.best_step
         return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "ended": self.ended}
 
     def load(self, state: dict[str, Any]) -> None:
         """What a checkpoint kept."""
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
-        self.ended = state["ended"]
+        self.ended, self._told = state["ended"], state["best_step"]
 
 
 def plain_loss(logits: Tensor, labels: Tensor, *, multi_label: bool) -> float:

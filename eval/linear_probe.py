@@ -250,6 +250,7 @@ def save(judged: Judged, selection: Selection) -> str | None:
         features=judged.subject.sets[selection.place].to_dict(),
         image_size=judged.subject.image_size,
         multi_label=judged.splits.multi_label,
+        data=judged.splits.identity(),
     )
     return str(folder)
 
@@ -265,5 +266,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     return judge(config, score, command="eval.linear_probe", next_command=next_command, multi_label=True)
 
 
+def held_out_score(result: dict[str, Any]) -> float | None:
+    """How the choice did on held-out images of train; None where nothing was chosen."""
+    choice = result["protocol"].get("choice") or {}
+    return choice.get("held_out_top1", choice.get("held_out_map"))
+
+
 if __name__ == "__main__":
-    start(run, LinearProbeConfig, command="eval.linear_probe")
+    start(run, LinearProbeConfig, command="eval.linear_probe", objective=held_out_score)

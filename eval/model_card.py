@@ -12,7 +12,17 @@ from omegaconf import OmegaConf
 from ssl.checkpoint import LoadedBackbone
 
 RECIPE = ("method", "model", "data", "augment", "optim", "schedule", "trainer", "seed")
-PRIVATE = ("root", "path", "out", "folder", "subject", "head")  # where files lie on the machine of the run
+PRIVATE = (
+    "root",
+    "path",
+    "out",
+    "folder",
+    "subject",
+    "head",
+    "train",
+    "test",
+    "run",
+)  # where files lie on the machine of the run
 ELSEWHERE = ("checkpoint", "backbone", "data", "features", "versions", "commit", "gpu", "device", "command", "notes")
 LONGEST = 50  # lists beyond this are counted in the card; the JSON beside the run holds them
 
@@ -42,7 +52,10 @@ def results_of(loaded: LoadedBackbone) -> tuple[list[tuple[str, dict[str, Any]]]
     for path in sorted((loaded.run_dir / "eval").glob("*.json")):
         try:
             content = json.loads(path.read_text())
-            digest = (content["protocol"].get("checkpoint") or {}).get("sha256")
+            made_from = (
+                "weights" if "started_from" in content["protocol"] else "checkpoint"
+            )  # fine-tuning makes its own
+            digest = (content["protocol"].get(made_from) or {}).get("sha256")
             content["metrics"].items()
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue  # not one of ours

@@ -7,7 +7,6 @@ training moves: no random state, no BatchNorm statistics, no module's mode.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -39,8 +38,6 @@ SETTLED = 50
 features are made here, are still mixed with their initial values.
 """
 VIEW_IMAGES = 256
-
-logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # else it tells, amid the run, which variants it tried
 
 
 class OnlineKnn:

@@ -10,6 +10,7 @@ from typing import Any
 
 MEASURED = (
     "subject",
+    "started_from",
     "checkpoint",
     "backbone",
     "frozen",
@@ -25,6 +26,9 @@ CIRCUMSTANCES = (
     "low_shot.seeds",
     "commit",
     "versions",
+    "processor",
+    "threads",
+    "num_processes",
     "gpu",
     "device",
     "features.precision",

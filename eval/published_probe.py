@@ -8,7 +8,6 @@ the test split, which is read once.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from ssl.data.subset import Subset, split_held_out
 from ssl.launch import launch
 from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.optim import scaled_lr
+from ssl.recipe import fit_batch
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
 
@@ -122,7 +122,7 @@ def train_and_report(
         fraction = HELD_OUT if config.held_out is None else config.held_out
         kept, rest = split_held_out(source.labels, fraction, config.seed)
         source, held_out = Subset(splits.train, kept), Subset(splits.train, rest)
-    notes = notes + _fit_batch(config, source)
+    notes = notes + fit_batch(config.trainer, len(source), world_size=distributed.world_size())
     next_command = f"python -m eval.knn {same_subject(config)}"
     config.ckpt = _one_spelling(config.ckpt, judged)
     config.wandb.name = config.wandb.name or "/".join([*subject.folder.parts[-2:], judged.name])
@@ -130,7 +130,6 @@ def train_and_report(
     _check_backbone(out, judged)
 
     # ---- train -----------------------------------------------------------------------------------------------------
-    began = time.perf_counter()
     method = ProbeHeads(
         subject.model,
         sets=sets,
@@ -168,8 +167,8 @@ def train_and_report(
         next_command=None,
         card={"judged": _identity(judged)},
     )
-    judged.counts["train"] = {"num": len(source), "num_bad": 0, "seconds": 0.0}
-    seconds = time.perf_counter() - began
+    trained = read_state(steps_saved(out)[-1][1])
+    judged.counts["train"] = {"num": len(source), "num_bad": int(last.get("bad_images", 0)), "seconds": 0.0}
 
     # ---- choose, and the test split once ---------------------------------------------------------------------------
     def score(config: DictConfig, judged: Judged) -> tuple[dict[str, float], dict[str, Any], str]:
@@ -182,7 +181,7 @@ def train_and_report(
             **describe(config, judged, method, choice),
             "weights": {"run": str(out), "head": _save_head(judged, weight, bias, chosen_set)},
             "last_metrics": {name: value for name, value in last.items() if np.isfinite(value)},
-            "train_seconds": round(seconds, 2),
+            "train_seconds": trained["train_seconds"],
             "details": details(logits, test.labels, splits.classes, multi_label=False),
             "notes": notes,
         }
@@ -277,18 +276,6 @@ def title(config: DictConfig, choice: Choice) -> str:
     return f"linear probe (protocol {config.protocol}{several})"
 
 
-def _fit_batch(config: DictConfig, source: Source) -> list[str]:
-    """Take a global batch of more images than there are down to what there is; the note that says so."""
-    wanted, ranks = config.trainer.global_batch_size, distributed.world_size()
-    if wanted <= len(source):
-        return []
-    fitted = config.trainer.global_batch_size = max(len(source) // ranks, 1) * ranks
-    return [
-        f"the batch is {fitted:,} images instead of {wanted:,}, as there are {len(source):,} to train on; the learning "
-        "rate follows its rule"
-    ]
-
-
 def _identity(judged: Judged) -> str:
     """What tells the judged backbone from every other."""
     checkpoint = judged.subject.identity["checkpoint"]
@@ -341,5 +328,6 @@ def _save_head(judged: Judged, weight: Tensor, bias: Tensor, chosen_set: Feature
             sha256=checkpoint["sha256"],
             features=chosen_set.to_dict(),
             image_size=judged.subject.image_size,
+            data=judged.splits.identity(),
         )
     return str(folder)

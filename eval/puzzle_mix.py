@@ -278,5 +278,5 @@ def _scipy() -> ModuleType:
         import scipy.optimize
         import scipy.sparse.csgraph
     except ImportError as error:
-        raise ImportError("PuzzleMix finds its masks with scipy, which is not installed: pip install scipy") from error
+        raise ValueError("PuzzleMix finds its masks with scipy, which is not installed: pip install scipy") from error
     return scipy

@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy
 import timm
 import torch
 
+import ssl.distributed as distributed
 from eval import ROOT
 from eval.scan import import_faiss
 
@@ -49,7 +51,7 @@ def write_results(
 
 
 def environment() -> dict[str, Any]:
-    """Date and time (UTC), versions, the commit of this code, and the processor."""
+    """Date and time (UTC), versions, the commit of this code, the processor and its threads, the GPU."""
     faiss = import_faiss()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,10 +60,24 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda,
             "faiss": getattr(faiss, "__version__", None),
         },
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "num_processes": distributed.world_size(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def processor() -> str | None:
+    """The processor's name; None where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def commit() -> str | None:

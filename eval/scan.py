@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,7 @@ def as_numpy(features: Tensor) -> np.ndarray:
 
 def import_faiss() -> Any:
     """faiss, or None where it cannot be imported. Late and after torch, because its wheel is built for another CUDA."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # else it tells which variants it has tried
     try:
         import faiss
     except (ImportError, OSError):  # OSError: a shared library of the GPU wheel is missing

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ssl.config import CONF, build
-from ssl.data.sources import UNLABELLED, NoTestSplit, Source
+from ssl.data.sources import UNLABELLED, NoTestSplit, Source, checksum
 from ssl.data.subset import Subset, limit, split_held_out
 
 TEST_FRACTION = 0.2
@@ -35,6 +35,14 @@ class Splits:
     def multi_label(self) -> bool:
         """Whether an image may be of several classes: labels are multi-hot (N, C)."""
         return self.train.labels.ndim == 2
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these splits from others."""
+        return {"images": self.images(), "num_train": len(self.train), "test_split": self.test_split}
+
+    def images(self) -> dict[str, int]:
+        """A checksum over a few images of each split: tells sets of equal names and counts apart."""
+        return {"train": checksum(self.train), "test": checksum(self.test)}
 
     def in_classes_of_train(self, labels: Tensor) -> Tensor:
         """Labels of test images, (N,) or multi-hot (N, C), as train numbers them."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from eval.bank import FeatureStore
+from eval.config import EvalConfig
 from eval.extract import PIXEL_SIDE, Features, centre_view, extract_all, raw_pixels
 from eval.layers import GRID_DIM, ExtractSets, FeatureSet, as_list, make_extract, parse_sets, resolve_sets
 from eval.results import environment, open_folder
 from eval.splits import Splits, data_settings, make_splits
 from ssl.checkpoint import LoadedBackbone, load_backbone
+from ssl.command import swept_words
 from ssl.config import plain
 from ssl.data.augment import Augment
 from ssl.data.image_size import as_size, choose_image_size
@@ -158,7 +160,8 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
     subject = make_subject(config, loaded, splits.train, sets=sets, data=data)
     folder = open_folder(Path(config.out).expanduser() if config.out else subject.folder / "eval")
     other = "" if own or loaded is None else f"_{data['name']}"
-    name = config.name or command.removeprefix("eval.") + other + variant(config)
+    words = swept_words(without={field.name for field in fields(EvalConfig)} - {"seed", "pooling"})
+    name = config.name or command.removeprefix("eval.") + other + variant(config) + (f"_{words}" if words else "")
 
     def read_source(source: Source, title: str, sets: Sequence[FeatureSet]) -> list[Features]:
         store = FeatureStore(folder, limit_gib=config.bank_gib) if title == "train" and "bank_gib" in config else None
@@ -198,6 +201,7 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
             "pretrained_on_it": own,
             "train": splits.train.name,
             "test": splits.test.name,
+            "images": splits.images(),
             "test_split": splits.test_split,
             "multi_label": splits.multi_label,
             "num_classes": len(splits.classes),

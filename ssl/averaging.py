@@ -99,8 +99,12 @@ def has_batchnorm(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def fresh_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers forget their statistics and take the plain mean over all the batches that follow."""
+    """Let BatchNorm layers that train forget their statistics and take the plain mean over the batches that follow.
+
+    Those in eval mode, as frozen ones are, keep what they have.
+    """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [part for part in norms if part.training]
     momenta = [part.momentum for part in norms]
     for part in norms:
         part.reset_running_stats()
@@ -122,23 +126,25 @@ def renew_statistics(module: nn.Module, average: Average, batches: Iterable[dict
     training = module.training
     module.train()
     with weights_of(module, average.tensors), fresh_statistics(module):
+        size = 0
         for batch in batches:
-            if len(batch["index"]) > 1:  # the rest of the set may be a single image, which has no deviation
+            size = size or len(batch["index"])
+            if len(batch["index"]) == size:  # a smaller rest would count as much as a whole batch
                 module(batch)
     module.train(training)
 
 
-def make_average(method: nn.Module, settings: Any, *, steps_per_epoch: int, stop_step: int) -> Average | None:
-    """The average of the weights that the trainer's settings ask for, if any."""
+def make_average(method: nn.Module, settings: Any, *, steps_per_epoch: int, span: int) -> Average | None:
+    """The average of the weights that the trainer's settings ask for, if any, in a schedule of `span` steps."""
     if settings.ema_decay is not None:
         return MovingAverage(averaged_copy(method), settings.ema_decay)
     if settings.swa_start_epoch is None:
         return None
     start = round(settings.swa_start_epoch * steps_per_epoch)
-    if not 0 < start <= stop_step:
+    if not 0 < start <= span:
         raise ValueError(
             f"trainer.swa_start_epoch={settings.swa_start_epoch:g} must lie within the run, above 0 and at most "
-            f"{stop_step / steps_per_epoch:g}"
+            f"{span / steps_per_epoch:g}"
         )
     every = max(round(settings.swa_every_epochs * steps_per_epoch), 1)
     return StochasticWeightAverage(averaged_copy(method), start_step=start, every_steps=every)

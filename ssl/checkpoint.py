@@ -233,6 +233,7 @@ def load_backbone(
     if image_size is not None and tuple(image_size) != loaded.spec.image_size:
         loaded.model, loaded.spec, done = at_image_size(loaded.model, loaded.spec, image_size)
         loaded.notes.append(done)
+    _check_finite(loaded)
     return loaded
 
 
@@ -300,3 +301,13 @@ def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     prefix = "backbone."
     backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return backbone, {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def _check_finite(loaded: LoadedBackbone) -> None:
+    """Raise ValueError where a weight is NaN or infinite: whatever is computed with it would be too."""
+    for name, tensor in loaded.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{loaded.path}: {name} holds numbers that are not finite; the backbone has diverged. Take an earlier "
+                "checkpoint"
+            )

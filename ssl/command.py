@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(entry)()
+    except AssertionError:
+        if entered:
+            raise
+        words = ", ".join(argument for argument in sys.argv[1:] if "." in argument.split("=")[0])
+        _say(f"{words} cannot be set here: its group is empty; choose one first, such as data=<name>")
+        raise SystemExit(1) from None
     except SystemExit as end:
         if not entered and end.code == 1:
             hint = _suggest(
@@ -81,10 +87,22 @@ def run_folder(default: Path, given: str | None) -> Path:
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         return default
-    suffix = "".join(c if c.isalnum() or c in "._-" else "-" for c in hydra_config.job.override_dirname)
-    if len(suffix) > 100:
-        suffix = f"{suffix[:90]}_{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
+    suffix = as_name(hydra_config.job.override_dirname)
     return default.with_name(f"{default.name}_{suffix}") if suffix else default
+
+
+def as_name(text: str) -> str:
+    """Text as a part of a file's name: no signs that a shell or a file system reads, and not too long."""
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+    return f"{name[:90]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if len(name) > 100 else name
+
+
+def swept_words(*, without: Container[str]) -> str:
+    """In a sweep, this run's own words as a part of a file's name, but for keys in `without`; else nothing."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    words = [word for word in HydraConfig.get().overrides.task if word.split("=")[0].split(".")[0] not in without]
+    return as_name("_".join(word.replace("=", "-") for word in words))
 
 
 def choices() -> dict[str, str]:

@@ -217,12 +217,15 @@ def locate(target: str) -> Callable[..., Any]:
     """The class or function of a dotted name. Raises ValueError where there is none."""
     module_name, _, attribute = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        part = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"`_target_: {target}` cannot be found ({error}); it must be package.module.Class, importable from the "
             "folder in which the command runs or from PYTHONPATH"
         ) from error
+    if not callable(part):
+        raise ValueError(f"`_target_: {target}` is a {type(part).__name__}, not a class or function")
+    return part
 
 
 def unknown_keys(config: DictConfig, schema: type) -> Iterator[str]:
@@ -295,6 +298,8 @@ def suggest(config: DictConfig, overrides: list[str]) -> str | None:
     """For overrides whose key does not exist in `config`: the keys that do, nearest first; None where all exist."""
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
+        if (Path(CONF) / key).is_dir():  # a group, whose options Hydra lists itself
+            continue
         parts = key.split(".")
         node: Any = config
         for depth, part in enumerate(parts):

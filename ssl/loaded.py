@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssl.foreign import SUFFIXES, read_foreign
 from ssl.hub import PREFIX, read_hub
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
-from ssl.tensor_files import fingerprint, load_strictly, load_tensors, sha256
+from ssl.models.classifier import head_names
+from ssl.tensor_files import fingerprint, load_strictly, load_tensors, match_keys, sha256
 
 FOLLOWS_FROM_WEIGHTS = ("img_size", "patch_size", "in_chans", "num_classes", "dynamic_img_size")
 
@@ -132,5 +134,9 @@ def load_model(
         return model.eval(), None
     own = model.state_dict()
     head = {name: tensor for name, tensor in tensors.items() if name not in own}
+    with torch.device("meta"):
+        whole: Any = backbone_from_spec(spec, device="meta")
+        whole.reset_classifier(len(card["classes"]))
+    match_keys(head_names(whole), head, folder)
     load_strictly(model, {name: tensor for name, tensor in tensors.items() if name in own}, folder)
     return model.eval(), Classifier(list(card["classes"]), bool(card["multi_label"]), head)

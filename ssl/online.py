@@ -42,7 +42,7 @@ class OnlineSubject:
     step: int
     """Completed steps."""
     last: bool
-    """Whether the run ends with this step."""
+    """Whether the schedule ends with this step; a run that is cut before goes on another time."""
     epoch: float
     threads: int | None
     warn: Callable[[str], None]

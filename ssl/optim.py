@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl.models.backbones import is_token_model
+
 ParameterGroup = dict[str, Any]
 
 NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "mask_token")
@@ -105,7 +107,10 @@ def _backbone_layers(module: nn.Module) -> tuple[dict[str, int], int]:
         )
     layers: Any = group_parameters(backbone, matcher(coarse=False), reverse=True)
     has_classifier = getattr(backbone, "num_classes", 0) > 0
-    return {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values()) + (not has_classifier)
+    num_layers = max(layers.values()) + (not has_classifier)
+    if is_token_model(backbone):  # timm counts the norm behind the last block with that block
+        layers |= {name: num_layers for name in layers if name.startswith("norm.")}
+    return {f"backbone.{name}": layer for name, layer in layers.items()}, num_layers
 
 
 def scaled_lr(base_lr: float, *, global_batch_size: int, scaling: str) -> float:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl.chips import device_peak
 from ssl.methods.base import Batch, Method
+from ssl.models.classifier import without_classifier
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def flops_per_image(method: Method, augment: nn.Module, batch: Batch) -> float:
             method(views)
     finally:
         method.train(was_training)
-    trained = any(parameter.requires_grad for parameter in method.backbone.parameters())
+    trained = any(parameter.requires_grad for parameter in without_classifier(method.backbone))
     return (3.0 if trained else 1.0) * counter.get_total_flops() / len(batch["index"])
 
 

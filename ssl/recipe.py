@@ -60,6 +60,21 @@ def batch_arithmetic(
     return BatchArithmetic(global_batch_size, world_size, device, share // device)
 
 
+def fit_batch(settings: Any, num_images: int, *, world_size: int) -> list[str]:
+    """Take `settings.global_batch_size` down to what there is where it is more; the note that says so, if any.
+
+    For published recipes on small sets: their batch may be larger than the set.
+    """
+    wanted = settings.global_batch_size
+    if wanted <= num_images:
+        return []
+    settings.global_batch_size = max(num_images // world_size, 1) * world_size
+    return [
+        f"the batch is {settings.global_batch_size:,} images instead of {wanted:,}, as there are {num_images:,} to "
+        "train on; the learning rate follows its rule"
+    ]
+
+
 def lr_arithmetic(base_lr: float, *, global_batch_size: int, scaling: str) -> str:
     """The peak learning rate as a line of arithmetic."""
     lr = scaled_lr(base_lr, global_batch_size=global_batch_size, scaling=scaling)

@@ -13,6 +13,7 @@ from ssl.data.sources import Source, checksum
 
 FREE = (
     "out",
+    "ckpt",  # the weights themselves are compared
     "name",
     "accept_changes",
     "device",
@@ -53,7 +54,10 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
     before, now = flat(plain(OmegaConf.create((folder / "run.yaml").read_text()))), flat(plain(config))
     defaults = flat(plain(OmegaConf.structured(schema)))
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
-    free = tuple(key for key in FREE if key != "trainer.steps" or config.trainer.epochs is not None)
+    binding = {"trainer.steps"} if config.trainer.epochs is None else set()  # then it is the length
+    if config.get("patience") is not None:  # counted in evaluations
+        binding.add("trainer.eval_every_epochs")
+    free = tuple(key for key in FREE if key not in binding)
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

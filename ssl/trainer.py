@@ -69,6 +69,7 @@ class Trainer:
     last_saved: Callable[[], str] = lambda: "none"
     evaluate: Callable[[int], dict[str, float]] | None = None
     evaluate_every_steps: int = 1
+    end_step: int | None = None  # where the schedule ends; a run may be cut before
     profiler: StepProfiler | None = None
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
@@ -111,7 +112,7 @@ class Trainer:
                 pending.append((step + 1, self.step(batch, step)))
                 done = step + 1
                 last = done == stop_step
-                evaluating = self._evaluates_at(done, last)
+                evaluating = self._evaluates_at(done)
                 verdict = None
                 if done % self.log_every_steps == 0 or last or done == start_step + 1 or evaluating:
                     metrics = self._collect(pending)
@@ -144,11 +145,9 @@ class Trainer:
     def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
 
-    def _evaluates_at(self, done: int, last: bool) -> bool:
-        """At each multiple of `evaluate_every_steps`, and at the last step of a run that is no shorter than that."""
-        if self.evaluate is None:
-            return False
-        return done % self.evaluate_every_steps == 0 or (last and done > self.evaluate_every_steps)
+    def _evaluates_at(self, done: int) -> bool:
+        """At each multiple of `evaluate_every_steps` and at the end of the schedule, but not where a run is cut."""
+        return self.evaluate is not None and (done % self.evaluate_every_steps == 0 or done == self.end_step)
 
     def _evaluate(self, done: int) -> tuple[dict[str, float], StopRun | None]:
         """The evaluations' metrics, and the verdict of one that ends the run; the weights are left as they are."""

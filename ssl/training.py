@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def train(
         milestones=plain(config.schedule.milestones),
         gamma=config.schedule.gamma,
     )
-    average = make_average(method, settings, steps_per_epoch=steps_per_epoch, stop_step=stop_step)
+    average = make_average(method, settings, steps_per_epoch=steps_per_epoch, span=span)
     lr = averaged_lr(schedule, peak_lr, average, settings.swa_lr_factor)
 
     # ---- the past of this run --------------------------------------------------------------------------------------
@@ -142,16 +143,25 @@ def train(
         warn=log.warning,
         check=lambda folder: None if config.accept_changes else same_recipe(config, folder, schema),
     )
-    start_step, scaler_state = 0, {}
+    start_step, scaler_state, latest, seconds_before = 0, {}, {}, 0.0
+    began = time.perf_counter()
     if resumed is not None:
         state, optimizer_tensors = resumed
         load_evaluations(evaluations, state.get("evaluations", {}))
         if not config.accept_changes:
             same_images(state, source, out)
-            if state.get("ended"):
+        if state.get("ended"):
+            if not config.accept_changes or state["step"] >= stop_step:
                 raise StopRun(state["ended"])
+            log.warning("going on with a run that was ended: %s", state["ended"])
+        if state.get("world_size", distributed.world_size()) != distributed.world_size() and method.depends_on_ranks:
+            log.warning(
+                "the run had %d ranks and has %d now: what it does within a rank's batch goes on with other batches",
+                *(state["world_size"], distributed.world_size()),
+            )
         tensors_to_state(optimizer, optimizer_tensors)
         start_step, scaler_state = state["step"], state["scaler"]
+        latest, seconds_before = dict(state["metrics"]), state.get("train_seconds", 0.0)
         del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
     steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
     if len(set(steps)) > 1:
@@ -195,13 +205,12 @@ def train(
         print("\n".join(announcement), flush=True)
 
     # ---- train -----------------------------------------------------------------------------------------------------
-    latest: dict[str, float] = {}
     ended: list[str] = []
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         mfu = use.mfu(metrics["images_per_second"])
         metrics |= {} if mfu is None else {"mfu": mfu}
-        latest.update(metrics)
+        latest.update(metrics, bad_images=len(loader.bad))
         tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
 
     def subject(step: int) -> OnlineSubject:
@@ -216,7 +225,7 @@ def train(
             dtype=dtype,
             seed=config.seed,
             step=step,
-            last=step == stop_step,
+            last=step == span,
             epoch=step / steps_per_epoch,
             threads=config.loader.threads,
             warn=log.warning if main else lambda text: None,
@@ -226,7 +235,7 @@ def train(
         return evaluate_all(evaluations, subject(step), ended)
 
     def on_save(step: int) -> None:
-        if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == stop_step or ended):
+        if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == span or ended):
             shown = loader.sequential(batch_size=min(batch.device_batch_size, len(loader)))  # on every rank
             renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
         distributed.barrier()
@@ -246,6 +255,8 @@ def train(
                     "images": checksum(source),
                     "scaler": trainer.scaler.state_dict(),
                     "metrics": latest,
+                    "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
+                    "world_size": distributed.world_size(),
                     "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
                     "ended": ended[0] if ended else None,
                     **(card or {}),
@@ -291,11 +302,12 @@ def train(
         last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
         evaluate=on_evaluate if evaluations and settings.eval_every_epochs else None,
         evaluate_every_steps=max(round((settings.eval_every_epochs or 1) * steps_per_epoch), 1),
+        end_step=span,
         profiler=profiler,
     )
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
-    if trainer.evaluate is not None and start_step == 0 and stop_step >= trainer.evaluate_every_steps:
+    if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
         show_start(evaluations, subject(0))
     try:
         with loader:

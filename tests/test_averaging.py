@@ -16,6 +16,7 @@ from ssl.averaging import (
     StochasticWeightAverage,
     averaged_copy,
     fresh_statistics,
+    renew_statistics,
     weights_of,
 )
 from ssl.checkpoint import load_backbone, steps_saved
@@ -74,6 +75,26 @@ def test_fresh_statistics_are_the_plain_mean_over_the_batches():
     assert norm.momentum == 0.1
 
 
+def test_a_rest_that_fills_no_batch_does_not_count_as_one():
+    norm = nn.BatchNorm1d(2)
+
+    class Method(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, batch):
+            return self.norm(batch["views"])
+
+    method = Method()
+    sizes = (6, 6, 2)
+    batches = [{"index": torch.arange(n), "views": torch.randn(n, 2) + 100 * (n == 2)} for n in sizes]
+    average = StochasticWeightAverage(averaged_copy(method), start_step=1, every_steps=1)
+    renew_statistics(method, average, batches)
+    expected = torch.stack([batch["views"].mean(0) for batch in batches[:2]]).mean(0)
+    torch.testing.assert_close(average.tensors["norm.running_mean"], expected)
+
+
 def test_a_run_saves_the_mean_of_its_weights_and_evaluations_take_it(tmp_path: Path):
     words = ["method=mae", *TINY_VIT, *TINY_DECODER, *SHORT, "trainer.checkpoint_every_steps=1", "trainer.keep_last=12"]
     swa = ["trainer.swa_start_epoch=1", "trainer.swa_every_epochs=1", "trainer.swa_lr_factor=0.5"]
@@ -93,7 +114,7 @@ def test_a_run_saves_the_mean_of_its_weights_and_evaluations_take_it(tmp_path: P
 
 def test_the_last_average_has_statistics_of_its_own(tmp_path: Path):
     words = ["method=simclr", *TINY_RESNET, *SHORT, "trainer.checkpoint_every_steps=1", "trainer.keep_last=12"]
-    run(composed(*words, "trainer.swa_start_epoch=1", "trainer.steps=9"), out=tmp_path)
+    run(composed(*words, "trainer.swa_start_epoch=1", "trainer.epochs=3"), out=tmp_path)
     folders = dict(steps_saved(tmp_path))
     name = "backbone.bn1.running_mean"
     averaged = torch.stack([load_file(folders[step] / "model.safetensors")["bn1.running_mean"] for step in (3, 6, 9)])

@@ -12,10 +12,10 @@ import timm
 import torch
 
 from ssl import checkpoint
+from ssl.averaging import averaged_copy
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone, pooled_features
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
-from ssl.averaging import averaged_copy
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 VIT = {"name": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}

@@ -127,10 +127,11 @@ def test_a_number_of_stages_that_the_model_does_not_have_is_refused():
         freeze(a_classifier(), 40)
 
 
-def test_layer_decay_is_that_of_mae():
+@pytest.mark.parametrize("pooling", ["avg", "token"])
+def test_layer_decay_is_that_of_mae(pooling: str):
     """main_finetune.py, get_layer_id_for_vit: embeddings 0, block i is i + 1, all else depth + 1, at the full rate."""
     module = nn.Module()
-    module.backbone = a_classifier(pooling="avg")
+    module.backbone = a_classifier(pooling=pooling)
     groups = parameter_groups(module, weight_decay=0.05, layer_decay=0.65)
     optimizer = make_optimizer(groups, name="adamw", lr=1e-3)
     set_lr(optimizer, 2e-3)

@@ -19,6 +19,7 @@ from eval import linear_probe
 from eval.config import register
 from eval.extract import centre_view
 from eval.finetune import FinetuneConfig, load_finetuned
+from eval.finetune_start import divide
 from ssl.checkpoint import load_backbone, steps_saved
 from ssl.config import CONF
 from ssl.data.augment import Augment
@@ -52,7 +53,7 @@ PLAIN += ["optim.layer_decay=null", "head_std=0.01"]
 def brief_run(out: Path, *words: str) -> Path:
     """A pretraining run of two steps."""
     settings = ["trainer.steps=2", "trainer.global_batch_size=24", "trainer.device=cpu", "loader.threads=1"]
-    pretrain(composed(*words, *IMAGES, *settings, "trainer.pictures=false", "wandb.mode=disabled"), out=out)
+    pretrain(composed(*IMAGES, *settings, "trainer.pictures=false", "wandb.mode=disabled", *words), out=out)
     return out
 
 
@@ -213,11 +214,13 @@ def test_training_learns(resnet: Path, tmp_path: Path):
 def test_held_out_images_are_of_train_and_not_trained_on(vit: Path):
     config = config_of(f"ckpt={vit}", "held_out=0.25", "train_amount=4")
     splits = finetune.make_splits(load_backbone(vit).config["data"], own=True, seed=0, command="test")
-    source, held_out = finetune._divide(config, splits)
-    kept = set(source.source.indices[source.indices].tolist())
-    assert len(held_out) == 24
-    assert len(kept) == 48
-    assert not kept & set(held_out.indices.tolist())
+    source, held_out = divide(config, splits)
+    drawn = set(source.source.indices.tolist())
+    assert len(drawn) == 48  # four of each class are all the labels that are used, watching included
+    kept, watched = (set(part.source.indices[part.indices].tolist()) for part in (source, held_out))
+    assert (len(kept), len(watched)) == (36, 12)
+    assert kept | watched == drawn
+    assert not kept & watched
 
 
 def test_early_stopping_ends_and_keeps_the_best_weights(resnet: Path, tmp_path: Path, monkeypatch):
@@ -229,9 +232,42 @@ def test_early_stopping_ends_and_keeps_the_best_weights(resnet: Path, tmp_path: 
     saved = dict(steps_saved(tmp_path))
     assert max(saved) == 12  # four epochs of three steps
     assert not differ(weights(tmp_path), load_file(saved[6] / "model.safetensors"))
-    assert "50.0%, after step 6" in result["protocol"]["reported"]
+    assert result["protocol"]["reported"] == "the weights of step 6, the best on held-out images"
+    assert (result["protocol"]["weights"]["step"], result["protocol"]["weights"]["held_out"]) == (6, 0.5)
     again = tuned(tmp_path, *words)  # the same command does not go on, and reads no new score
     assert again["metrics"] == result["metrics"]
+
+
+def test_a_run_with_patience_that_was_cut_equals_one_that_was_not(resnet: Path, tmp_path: Path):
+    words = [f"ckpt={resnet}", *PLAIN, "held_out=0.25", "patience=1", "trainer.epochs=6", "trainer.eval_every_epochs=1"]
+    words += ["trainer.checkpoint_every_steps=2"]
+    tuned(tmp_path / "whole", *words)
+    tuned(tmp_path / "cut", *words, "trainer.steps=4")
+    tuned(tmp_path / "cut", *words)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
+    assert not differ(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_short_run_is_watched_at_its_end(resnet: Path, tmp_path: Path):
+    result = tuned(tmp_path, f"ckpt={resnet}", *PLAIN, "held_out=0.25")  # two epochs; every ten by default
+    assert 0 <= result["protocol"]["last_metrics"]["held_out_top1"] <= 1
+
+
+def test_a_run_from_an_earlier_step_of_the_checkpoint_is_not_taken_for_one_from_the_last(tmp_path: Path):
+    words = ["method=simclr", *TINY_RESNET]
+    brief_run(tmp_path / "run", *words)
+    tuned(tmp_path / "tuned", f"ckpt={tmp_path / 'run'}", *PLAIN)
+    brief_run(tmp_path / "run", *words, "trainer.steps=3")
+    with pytest.raises(ValueError, match="started from other weights"):
+        tuned(tmp_path / "tuned", f"ckpt={tmp_path / 'run'}", *PLAIN)
+
+
+def test_frozen_batchnorm_keeps_its_statistics_in_a_weight_average(resnet: Path, tmp_path: Path):
+    tuned(tmp_path, f"ckpt={resnet}", *PLAIN, "train=head", "trainer.swa_start_epoch=1")
+    average, start = weights(tmp_path, "ema.safetensors"), load_backbone(resnet).model.state_dict()
+    for name, tensor in start.items():
+        if "running" in name:
+            torch.testing.assert_close(average[f"backbone.{name}"], tensor)
 
 
 def test_with_patience_the_best_weights_are_kept_also_at_the_end(resnet: Path, tmp_path: Path, monkeypatch):
@@ -259,7 +295,7 @@ def test_the_test_split_is_read_once_and_after_training(vit: Path, tmp_path: Pat
     assert shown == ["test"]
     first = next(place for place, (name, _) in enumerate(read) if "test" in name)
     assert {name for name, _ in read[:first]} == {Embedded("train", num_train=96, num_test=36).name}
-    assert {name for name, _ in read[first:]} == {Embedded("test", num_train=96, num_test=36).name}
+    assert len([name for name, _ in read[first:] if "train" in name]) <= 8  # a checksum of what it was trained on
 
 
 def test_a_probed_head_is_where_training_starts(resnet: Path, tmp_path: Path):
@@ -306,6 +342,8 @@ def test_from_scratch_is_the_same_command(tmp_path: Path, monkeypatch):
     ("words", "message"),
     [
         (["patience=3"], "patience needs images to watch"),
+        (["patience=3", "held_out=0.1", "trainer.swa_start_epoch=1"], "averages over many; give one"),
+        (["head=probe", "train_amount=1%"], "they would leak"),
         (["held_out=0.1", "trainer.eval_every_epochs=null"], "no effect with trainer.eval_every_epochs=null"),
         (["train=head", "drop_path=0.1"], "no effect with train=head"),
         (["train=17", "optim.layer_decay=null"], "a number of last stages from 1 to"),
@@ -320,3 +358,23 @@ def test_bad_settings_are_refused_in_words(vit: Path, tmp_path: Path, words: lis
     with pytest.raises(ValueError, match=message):
         tuned(tmp_path, f"ckpt={vit}", *words)
     assert not (tmp_path / "eval" / "finetune.json").exists()
+
+
+def test_maes_recipe_on_a_resnet_names_the_one_that_fits(resnet: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="recipe=mae is for vision transformers, got resnet18; give recipe=simclr"):
+        tuned(tmp_path, f"ckpt={resnet}", "recipe=mae")
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_what_was_fine_tuned_is_judged_and_tuned_like_any_checkpoint(vit: Path, tmp_path: Path):
+    tuned(tmp_path / "first", f"ckpt={vit}", *PLAIN)
+    result = tuned(tmp_path / "second", f"ckpt={tmp_path / 'first'}", *PLAIN)
+    assert result["protocol"]["data"]["name"] == "embedded"
+    assert result["protocol"]["started_from"] == load_backbone(tmp_path / "first").hash
+    assert result["protocol"]["weights"]["sha256"] == load_backbone(tmp_path / "second").hash
+
+
+def test_a_recipe_whose_batch_is_larger_than_the_set_takes_what_there_is(vit: Path, tmp_path: Path):
+    result = tuned(tmp_path, f"ckpt={vit}", *PLAIN, "train_amount=1", "trainer.global_batch_size=1024")
+    assert result["protocol"]["settings"]["trainer"]["global_batch_size"] == 12
+    assert any("instead of 1,024" in note for note in result["protocol"]["notes"])

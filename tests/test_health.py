@@ -367,7 +367,8 @@ def test_the_command_line_reports_rankme_to_a_sweep(monkeypatch, capsys):
     GlobalHydra.instance().clear()
     words = ["ckpt=pixels", "data=embedded", "data.source.num_train=30", "views=0", "threads=1"]
     monkeypatch.setattr(sys, "argv", ["eval.health.py", *words])
-    start(command.run, command.HealthConfig, command="eval.health", objective="rankme")
+    told = {"objective": lambda result: result["metrics"]["rankme"]}
+    start(command.run, command.HealthConfig, command="eval.health", **told)
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: python -m eval.knn ckpt=pixels")
 
 

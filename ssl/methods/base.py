@@ -25,6 +25,8 @@ class Method(nn.Module):
     """Uniform numbers that `forward` reads per image. They are a function of (seed, epoch, image index)."""
     view_size: tuple[int, int]
     """Height and width of the views that `forward` takes, in pixels."""
+    depends_on_ranks: bool = False
+    """True where a step depends on how the global batch is divided over ranks, as mixing the images of a part does."""
     lr_scales: Mapping[str, float] = MappingProxyType({})
     """Factors on the learning rate of the parameters whose names begin with a key; 1 for all others."""
     couples_images: bool = False

@@ -63,6 +63,12 @@ def head_names(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
+def without_classifier(backbone: Any) -> list[nn.Parameter]:
+    """The parameters before the classifier; all of a backbone that has none."""
+    heads = head_names(backbone) if getattr(backbone, "num_classes", 0) else set()
+    return [parameter for name, parameter in backbone.named_parameters() if name not in heads]
+
+
 def pooling_name(model: Any) -> str | None:
     """How timm pools the last layer: `avg`, `token`, ...; None where it does not say."""
     pool = getattr(model, "global_pool", None)
