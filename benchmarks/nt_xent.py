@@ -66,7 +66,8 @@ def measure(
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     embeddings = made_embeddings(num_embeddings, dim).to(device).requires_grad_()
-    loss_function(embeddings[:8], temperature).backward()  # loads what is loaded on first use
+    loss_function(embeddings[:256], temperature).backward()  # loads what is loaded on first use, as large products do
+    embeddings.grad = None
     before = _peak(device)
     samples = []
     for _ in range(repeats):

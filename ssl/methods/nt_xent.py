@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssl.distributed import all_gather, rank
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Similarities held at once: 16 MiB in fp32, which stay in a CPU's last cache level, and 64 MiB."""
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+"""Similarities held at once: 4 MiB in fp32, which stay in a CPU's cache, and 64 MiB. On a CPU 2**22 take as long."""
+
+EPS = 1e-12
+"""What F.normalize divides shorter vectors by."""
 
 
 def nt_xent(embeddings: Tensor, *, temperature: float, chunk_size: int | None = None) -> Tensor:
@@ -43,13 +45,33 @@ def nt_xent_and_top1(embeddings: Tensor, *, temperature: float, chunk_size: int 
         anchors = normalise(embeddings).flatten(0, 1)  # (2B, Z), the views of an image side by side
         keys = all_gather(anchors)  # (2N, Z)
         chunk_size = chunk_size or _fitting_chunk(anchors, keys)
-        loss, top1 = _NTXent.apply(anchors, keys, rank() * len(anchors), temperature, chunk_size)  # pyright: ignore[reportGeneralTypeIssues]
+        others = None if keys is anchors else keys
+        loss, top1 = _NTXent.apply(anchors, others, rank() * len(anchors), temperature, chunk_size)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, top1
 
 
 def normalise(embeddings: Tensor) -> Tensor:
     """Embeddings of length 1 along the last dimension, in at least fp32."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    return _Normalise.apply(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))  # pyright: ignore[reportReturnType]
+
+
+class _Normalise(torch.autograd.Function):
+    """F.normalize, whose own backward holds five tensors of the embeddings' size where two do."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        length = embeddings.norm(dim=-1, keepdim=True)
+        result = embeddings / length.clamp_min(EPS)
+        ctx.save_for_backward(result, length)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        result, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradient, result).unsqueeze(-1)  # (..., 1), the part that only changes the length
+        along *= length >= EPS  # what is shorter is divided by EPS, and its length does change
+        return torch.addcmul(gradient, result, along, value=-1).div_(length.clamp_min(EPS))
 
 
 @contextmanager
@@ -74,27 +96,32 @@ class _NTXent(torch.autograd.Function):
     """Loss and gradient in one sweep over chunks of anchors, so that nothing of size 2N x 2N is ever held.
 
     Three matrix multiplications per chunk and one exponential per pair; cross entropy over the whole matrix takes as
-    many multiplications but several more passes over memory. Backward keeps the gradient itself, (2B + 2N) x Z.
+    many multiplications but several more passes over memory. Backward keeps the gradient itself, (2B + 2N) x Z, or on
+    one rank, where anchors are the keys, their sum.
     Using the symmetry of the one-rank matrix was tried: 1.5 times faster again, but another path with limits on T.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, anchors: Tensor, keys: Tensor, first: int, temperature: float, chunk_size: int
+        ctx: Any, anchors: Tensor, others: Tensor | None, first: int, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        """`anchors` (A, Z) are rows first, first + 1, ... of `keys` (M, Z); rows 2i and 2i + 1 are positives."""
+        """`anchors` (A, Z) are rows first, first + 1, ... of `others` (M, Z), or all there are where that is None; rows
+        2i and 2i + 1 are positives.
+        """
+        keys = anchors if others is None else others
         num_anchors, num_keys = len(anchors), len(keys)
         needs_gradient = any(ctx.needs_input_grad)
-        anchor_gradient, key_gradient = torch.empty_like(anchors), torch.zeros_like(keys)
+        key_gradient = torch.zeros_like(keys) if needs_gradient else anchors
+        anchor_gradient = key_gradient if others is None or not needs_gradient else torch.zeros_like(anchors)
         losses = anchors.new_empty(num_anchors)
         hits = torch.empty(num_anchors, dtype=torch.bool, device=anchors.device)
         itself = torch.arange(first, first + num_anchors, device=anchors.device)
         positive = itself ^ 1  # the even rows' neighbour is above, the odd ones' below
-        scaled = anchors / temperature
         space = anchors.new_empty(min(chunk_size, num_anchors), num_keys)
         for start in range(0, num_anchors, chunk_size):
             part = slice(start, min(start + chunk_size, num_anchors))
-            logits = torch.mm(scaled[part], keys.t(), out=space[: part.stop - part.start])  # (A', M)
+            logits = space[: part.stop - part.start]
+            torch.mm(anchors[part] / temperature, keys.t(), out=logits)  # (A', M)
             positive_column = positive[part, None]
             positive_logit = logits.gather(1, positive_column)  # (A', 1)
             logits.scatter_(1, itself[part, None], -torch.inf).scatter_(1, positive_column, -torch.inf)
@@ -107,17 +134,17 @@ class _NTXent(torch.autograd.Function):
             hits[part] = (positive_logit > nearest_negative).squeeze(1)
             if needs_gradient:  # of the loss by the logits: softmax, less 1 at the positive
                 weights.scatter_(1, positive_column, positive_weight - total)
-                torch.mm(weights, keys, out=anchor_gradient[part])
-                anchor_gradient[part] /= total * (temperature * num_anchors)
-                key_gradient.addmm_(weights.t(), scaled[part] / (total * num_anchors))
+                total *= temperature * num_anchors
+                anchor_gradient[part] += torch.mm(weights, keys).div_(total)
+                key_gradient.addmm_(weights.t(), anchors[part] / total)
         if needs_gradient:
-            ctx.save_for_backward(anchor_gradient, key_gradient)
+            ctx.save_for_backward(*([key_gradient] if others is None else [anchor_gradient, key_gradient]))
         top1 = hits.to(losses.dtype).mean()
         ctx.mark_non_differentiable(top1)
         return losses.mean(), top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        anchor_gradient, key_gradient = ctx.saved_tensors
-        return anchor_gradient * loss_gradient, key_gradient * loss_gradient, None, None, None
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = [gradient * loss_gradient for gradient in ctx.saved_tensors]
+        return *gradients, *[None] * (5 - len(gradients))
