@@ -86,6 +86,7 @@ def follow(chosen: Sequence[str], *, steps: int, threads: int) -> tuple[list[Poi
         settings += [f"trainer.global_batch_size={BATCH_SIZE}", f"trainer.steps={steps}", "trainer.precision=fp32"]
         settings += ["schedule.warmup_epochs=0", "trainer.log_every_steps=5", f"trainer.epochs={1 + steps // 32}"]
         settings += ["wandb.mode=offline", "online=none", f"loader.threads={threads}"]
+        settings += [f"trainer.checkpoint_every_steps={max(steps // 20, 1)}"]  # the first brings its imports early
         command = [sys.executable, "-m", "ssl.pretrain", *settings]
         points: list[Point] = []
         highest = 0.0
