@@ -99,15 +99,17 @@ class MemoryImages:
                 part = slice(start, start + BLOCK)
                 pixels = torch.from_numpy(self.pixels[index[part]])
                 boxes = torch.from_numpy(box[part])
-                out[part].copy_(crop_resize_batch(pixels, boxes, (h, w), interpolation=interpolation))
+                crop_resize_batch(pixels, boxes, (h, w), interpolation=interpolation, into=out[part])
         else:
             into = out.numpy()
             for slot, place in enumerate(index):
                 into[slot] = crop_resize(self.image(int(place)), tuple(box[slot].tolist()), (h, w), interpolation)
 
 
-def crop_resize_batch(pixels: Tensor, box: Tensor, size: tuple[int, int], *, interpolation: str) -> Tensor:
-    """Crop and resize uint8 images (B, C, H, W) with one `box` (B, 4) each to uint8 (B, C, h, w).
+def crop_resize_batch(
+    pixels: Tensor, box: Tensor, size: tuple[int, int], *, interpolation: str, into: Tensor | None = None
+) -> Tensor:
+    """Crop and resize uint8 images (B, C, H, W) with one `box` (B, 4) each to uint8 (B, C, h, w), `into` where given.
 
     Equal to torch's antialiased interpolate of each crop to one level: two matrix products per image, whose matrices
     hold the resampling weights of the crop and zeros beside it.
@@ -131,7 +133,8 @@ def crop_resize_batch(pixels: Tensor, box: Tensor, size: tuple[int, int], *, int
     )  # (B*C, h, w)
     if interpolation == "bicubic":
         image.clamp_(0, 255)
-    return image.to(torch.uint8).view(num, channels, h, w)
+    into = torch.empty(num, channels, h, w, dtype=torch.uint8) if into is None else into
+    return into.copy_(image.view(num, channels, h, w))
 
 
 class _Scratch(threading.local):
