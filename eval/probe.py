@@ -126,8 +126,8 @@ def select(
         for group in held_out:
             fitted = rows[~torch.isin(rows, group)]
             over_folds.append(trainer.scores(features, fitted, group, batchnorm=batchnorm))
-        scores.append(_average(over_folds, [len(group) for group in held_out]))
-    joined = _join(scores)
+        scores.append(average_scores(over_folds, [len(group) for group in held_out]))
+    joined = join_scores(scores)
     best = choose(joined, num_images=sum(map(len, held_out)))
     place = best // (len(grid.batchnorm) * len(grid.heads()))
     table = [row | _held_out_scores(joined, head) for head, row in enumerate(table)]
@@ -160,7 +160,7 @@ class _Trainer:
         for start in range(0, len(settings), size):
             heads = self._train(features, fitted, standardize, settings[start : start + size])
             parts.append(score_heads(heads, features, self.labels, rows=held_out, standardize=standardize))
-        return _join(parts)
+        return join_scores(parts)
 
     def one(self, features: Tensor, fitted: Tensor, setting: dict[str, Any]) -> tuple[Heads, Standardizer]:
         """One head of the grid trained on the rows `fitted`, and how its features are standardised."""
@@ -226,7 +226,7 @@ def hold_out(
     return [np.flatnonzero(group == number) for number in range(folds)]
 
 
-def _average(parts: list[HeadScores], sizes: list[int]) -> HeadScores:
+def average_scores(parts: list[HeadScores], sizes: list[int]) -> HeadScores:
     """Scores over several groups of rows, each weighted by its size. A head that diverged on one has diverged."""
     weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)  # (F,)
     metrics = {
@@ -237,7 +237,7 @@ def _average(parts: list[HeadScores], sizes: list[int]) -> HeadScores:
     return HeadScores(metrics, loss, torch.stack([part.finite for part in parts]).all(0))
 
 
-def _join(parts: list[HeadScores]) -> HeadScores:
+def join_scores(parts: list[HeadScores]) -> HeadScores:
     """Scores of several groups of heads, one behind another."""
     metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
     return HeadScores(metrics, torch.cat([part.loss for part in parts]), torch.cat([part.finite for part in parts]))

@@ -23,6 +23,7 @@ from eval.command import report, same_subject
 from eval.head_file import save_head
 from eval.heads import Heads, HeadScores, choose, score_heads
 from eval.layers import GRID_DIM, FeatureSet, parse_sets, resolve_sets
+from eval.probe import HELD_OUT, average_scores, join_scores
 from eval.probe_heads import ProbeHeads
 from eval.probe_protocol import check_published, departures
 from eval.scores import details, headline
@@ -38,7 +39,6 @@ from ssl.recipe import fit_batch
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
 
-HELD_OUT = 0.1
 PIECE = 16384
 """Held-out images whose features are in memory at once."""
 
@@ -225,12 +225,11 @@ def score_held_out(method: ProbeHeads, judged: Judged, held_out: Source) -> tupl
     sizes: list[int] = []
     for rows in np.array_split(np.arange(len(held_out)), -(-len(held_out) // PIECE)):
         read = judged.read_source(Subset(held_out, rows), "held out", method.sets)
-        pieces.append(_joined([score_heads(heads, each.features, each.labels) for heads, each in zip(per_set, read)]))
+        pieces.append(
+            join_scores([score_heads(heads, each.features, each.labels) for heads, each in zip(per_set, read)])
+        )
         sizes.append(len(read[0].labels))
-    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)  # (pieces,)
-    metrics = {name: share @ torch.stack([each.metrics[name] for each in pieces]) for name in pieces[0].metrics}
-    loss = share @ torch.stack([each.loss for each in pieces])  # (H,)
-    return HeadScores(metrics, loss, torch.stack([each.finite for each in pieces]).all(0)), sum(sizes)
+    return average_scores(pieces, sizes), sum(sizes)
 
 
 def describe(config: DictConfig, judged: Judged, method: ProbeHeads, choice: Choice) -> dict[str, Any]:
@@ -297,12 +296,6 @@ def _check_backbone(out: Path, judged: Judged) -> None:
                 f"{out} holds heads on another backbone than {judged.subject.title}, such as an earlier step of the "
                 "same run; give name= to keep both, or remove that folder"
             )
-
-
-def _joined(scores: list[HeadScores]) -> HeadScores:
-    """The scores of several groups of heads as those of one."""
-    metrics = {name: torch.cat([each.metrics[name] for each in scores]) for name in scores[0].metrics}
-    return HeadScores(metrics, torch.cat([each.loss for each in scores]), torch.cat([each.finite for each in scores]))
 
 
 def _side_by_side(heads: list[tuple[Tensor, Tensor]], device: torch.device) -> Heads:

@@ -111,6 +111,7 @@ class Judged:
             "num_train": counts["train"]["num"],
             "num_test": counts["test"]["num"],
             "num_undecodable": sum(each["num_bad"] for each in counts.values()),
+            "images": self.splits.images(),  # not before it is asked for: test is not touched until there is a choice
         }
         dimensions = {"dimensions": self.kept["train"].features.shape[1]} if "train" in self.kept else {}
         return {
@@ -201,7 +202,6 @@ def read_features(config: DictConfig, *, command: str, multi_label: bool = False
             "pretrained_on_it": own,
             "train": splits.train.name,
             "test": splits.test.name,
-            "images": splits.images(),
             "test_split": splits.test_split,
             "multi_label": splits.multi_label,
             "num_classes": len(splits.classes),

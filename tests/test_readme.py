@@ -30,6 +30,7 @@ SMALL = {
     "eval.predict": "device=cpu top=1",
     "eval.features": "device=cpu",
     "eval.export": "",
+    "ssl.prepare": "",
 }
 
 
@@ -87,7 +88,7 @@ def reader(tmp_path_factory) -> Path:
 
 def made_small(command: str, home: Path) -> list[str]:
     """The command with the reader's folders for the README's, this Python, fewer processes, and one small step."""
-    command = command.replace("/my/photos", f"{home}/my/photos").replace("/data/cifar10", f"{home}/data/cifar10")
+    command = command.replace("/my/photos", f"{home}/my/photos").replace("/data/", f"{home}/data/")
     command = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
     words = shlex.split(command)
     module = next(word for word in words if word in SMALL)
