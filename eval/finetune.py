@@ -201,7 +201,7 @@ def run(config: DictConfig, *, out: Path | None = None) -> dict[str, Any]:
             "pretrained_on_it": own,
             "train": source.name,
             "test": splits.test.name,
-            "images": splits.images(),
+            "images": splits.images,
             "test_split": splits.test_split,
             "num_train": len(source),
             "num_held_out": 0 if held_out is None else len(held_out),

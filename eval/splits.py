@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ class Splits:
 
     def identity(self) -> dict[str, Any]:
         """What tells these splits from others."""
-        return {"images": self.images(), "num_train": len(self.train), "test_split": self.test_split}
+        return {"images": self.images, "num_train": len(self.train), "test_split": self.test_split}
 
+    @cached_property
     def images(self) -> dict[str, int]:
         """A checksum over a few images of each split: tells sets of equal names and counts apart."""
         return {"train": checksum(self.train), "test": checksum(self.test)}

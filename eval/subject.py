@@ -111,7 +111,7 @@ class Judged:
             "num_train": counts["train"]["num"],
             "num_test": counts["test"]["num"],
             "num_undecodable": sum(each["num_bad"] for each in counts.values()),
-            "images": self.splits.images(),  # not before it is asked for: test is not touched until there is a choice
+            "images": self.splits.images,  # not before it is asked for: test is not touched until there is a choice
         }
         dimensions = {"dimensions": self.kept["train"].features.shape[1]} if "train" in self.kept else {}
         return {
