@@ -207,7 +207,7 @@ HEADER = ("part", "peer", "unit", "peer/s", "ours/s", "ratio", "lowest", "highes
 
 def cells(row: Row) -> tuple[str, ...]:
     """The row's numbers as text, in the order of HEADER."""
-    memory = "" if row.memory is None else f"1/{row.memory:.0f}"
+    memory = "" if row.memory is None else f"1/{row.memory:.1f}"
     if row.memory is not None and row.wanted_memory is not None:
         memory += f" (wanted 1/{row.wanted_memory:g})"
     numbers = (f"{value:.2f}" for value in (row.ratio, row.lowest, row.highest, row.by_cpu))
@@ -291,7 +291,7 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     machine["threads"] = given.threads
-    machine["rounds"] = given.rounds
+    machine["rounds"] = given.rounds or "each part's own"
     machine["python"] = platform.python_version()
     machine["versions"] = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     return machine

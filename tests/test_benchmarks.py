@@ -76,7 +76,7 @@ def test_each_peer_has_a_row_against_the_last_way() -> None:
     slow, middling = rows(part(wanted_memory={"slow": 30}), samples)
     assert (slow.peer, slow.ratio, slow.memory) == ("slow", 4.0, 50.0)
     assert (middling.peer, middling.ratio, middling.memory) == ("middling", 2.0, 10.0)
-    assert cells(slow)[-1] == "1/50 (wanted 1/30)"
+    assert cells(slow)[-1] == "1/50.0 (wanted 1/30)"
 
 
 def test_a_timed_way_waits_for_the_device_before_and_after_its_work() -> None:
@@ -285,3 +285,17 @@ def test_only_whole_lines_of_metrics_are_read(tmp_path: Path) -> None:
     assert memory.last_step(metrics) == 0
     metrics.write_text('{"step": 5}\n{"step": 10}\n{"st')
     assert memory.last_step(metrics) == 10
+
+
+def test_the_peak_of_memory_is_counted_from_what_is_held_when_it_restarts() -> None:
+    if not memory.resident("self")[0]:
+        pytest.skip("needs /proc")
+    cpu = torch.device("cpu")
+    held = np.ones(64 * 2**17)  # 64 MiB
+    high = nt_xent._peak(cpu)
+    assert held.sum() > 0
+    del held
+    before = nt_xent._restart_peak(cpu)
+    assert before < high - 32
+    assert np.ones(32 * 2**17).sum() > 0
+    assert nt_xent._peak(cpu) - before == pytest.approx(32, abs=8)
