@@ -19,9 +19,10 @@ unexport VIRTUAL_ENV UV_PROJECT_ENVIRONMENT
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := .venv/.ready-$(VERSION)
 
-.PHONY: help demo test test-name format setup lock clean
+.PHONY: help demo bench test test-name format setup lock clean
 help:
 	@echo "make demo       pretrain on the embedded images, score the backbone, draw a picture (minutes)"
+	@echo "make bench      every part beside the peers' way in one table, small sizes (minutes)"
 	@echo "make test       formatting, lint, types, tests"
 	@echo "make test-name  the standard library's own tests of its module ssl, against this package"
 	@echo "make format     format the code and mend what lint can mend"
@@ -31,6 +32,9 @@ help:
 
 demo: $(READY)
 	@$(PY) -m eval.demo
+
+bench: $(READY)
+	@$(PY) -m benchmarks --quick
 
 test: $(READY)
 	@$(PY) -m ruff format --check --quiet . || { echo "formatting differs: run make format" >&2; exit 1; }
