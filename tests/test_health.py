@@ -342,9 +342,9 @@ def test_raw_pixels_and_an_untrained_backbone_are_measured_too():
 
 def test_a_diverged_backbone_is_refused_and_writes_nothing():
     run_dir = save_run(Path("runs/embedded"), data=embedded_data(30), weight=math.nan)
-    with pytest.raises(ValueError, match=r"30 of the 30 images of .* not finite; the backbone has diverged"):
+    with pytest.raises(ValueError, match=r"holds numbers that are not finite; the backbone has diverged"):
         call(f"ckpt={run_dir}", "views=0")
-    assert list((run_dir / "eval").iterdir()) == []
+    assert not (run_dir / "eval").exists()
 
 
 @pytest.mark.parametrize(
