@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Container
@@ -102,7 +103,7 @@ def swept_words(*, without: Container[str]) -> str:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
     words = [word for word in HydraConfig.get().overrides.task if word.split("=")[0].split(".")[0] not in without]
-    return as_name("_".join(word.replace("=", "-") for word in words))
+    return "_".join(re.sub("-+", "-", as_name(word)).strip("-") for word in words)
 
 
 def choices() -> dict[str, str]:

@@ -97,6 +97,22 @@ def test_knn_writes_metrics_and_the_protocol_beside_the_run(a_run, capsys):
     assert f"next: python -m eval.linear_probe ckpt={a_run}" in said
 
 
+def test_a_result_in_the_place_of_one_of_another_protocol_is_told(a_run, capsys):
+    call(knn, f"ckpt={a_run}", "name=again", "k=[5]")
+    call(knn, f"ckpt={a_run}", "name=again", "k=[5]")
+    assert "in the place of" not in capsys.readouterr().out
+    call(knn, f"ckpt={a_run}", "name=again", "k=[7]")
+    assert "in the place of one of another protocol (k [5] -> [7]" in capsys.readouterr().out
+
+
+def test_a_sweep_of_an_evaluation_leaves_a_result_for_each_run(a_run, tmp_path, monkeypatch):
+    GlobalHydra.instance().clear()
+    words = ["-m", f"ckpt={a_run}", "k=[5],[20]", f"out={tmp_path}", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["eval.knn.py", *words])
+    start(knn.run, SCHEMAS[knn], command="eval.knn")
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["knn_k-20.json", "knn_k-5.json"]
+
+
 def test_the_linear_probe_writes_its_grid_and_its_choice(a_run):
     call(linear_probe, f"ckpt={a_run}", *FEW_HEADS)
     written = json.loads((a_run / "eval" / "linear_probe.json").read_text())
