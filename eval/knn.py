@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -306,5 +307,17 @@ def run(config: DictConfig) -> dict[str, Any]:
     return judge(config, score, command="eval.knn", next_command="python -m eval.linear_probe")
 
 
+def in_brackets(words: Sequence[str]) -> list[str]:
+    """Words of the command line with single numbers as lists of one: `k=20` is `k=[20]`, in a sweep each of `k=5,20`."""
+    found = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("k", "temperature") and value not in ("", "null") and "[" not in value:
+            word = f"{key}=" + ",".join(f"[{each}]" for each in value.split(","))
+        found.append(word)
+    return found
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = in_brackets(sys.argv[1:])
     start(run, KnnConfig, command="eval.knn")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eval.accuracy import rank_of_label
-from eval.knn import knn, log_votes, log_weight
+from eval.knn import in_brackets, knn, log_votes, log_weight
 from eval.neighbours import merge, nearest
 from eval.rows import Rows, unit_length
 
@@ -182,3 +182,9 @@ def test_features_and_labels_that_do_not_fit_are_refused():
         knn(bank, bank_labels, queries / 0, query_labels, num_classes=4)
     with pytest.raises(ValueError, match="at least one"):
         knn(bank, bank_labels, queries[:0], query_labels[:0], num_classes=4)
+
+
+def test_a_single_number_on_the_command_line_is_a_list_of_one():
+    words = ["ckpt=a", "k=20", "temperature=0.1,0.2", "k=[5,20]", "temperature=null", "metric=cosine"]
+    expected = ["ckpt=a", "k=[20]", "temperature=[0.1],[0.2]", "k=[5,20]", "temperature=null", "metric=cosine"]
+    assert in_brackets(words) == expected
