@@ -308,7 +308,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def in_brackets(words: Sequence[str]) -> list[str]:
-    """Words of the command line with single numbers as lists of one: `k=20` is `k=[20]`, in a sweep each of `k=5,20`."""
+    """A command line's words with single numbers as lists of one: `k=20` is `k=[20]`, in a sweep each of `k=5,20`."""
     found = []
     for word in words:
         key, _, value = word.partition("=")
