@@ -30,7 +30,7 @@ from eval.mixing import Mixing
 from eval.results import environment, open_folder, write_results
 from eval.scores import details, headline
 from eval.splits import data_settings, make_splits
-from eval.subject import load
+from eval.subject import checkpoint_identity, load
 from ssl.checkpoint import LoadedBackbone, classifier_model, find, load_backbone, read_state
 from ssl.command import run_command, run_folder
 from ssl.config import ModelConfig, TrainingConfig, build, check, check_trainer, plain
@@ -64,9 +64,11 @@ class FinetuneConfig(TrainingConfig):
     batch_size: int = 256  # images that the model takes at once when it is evaluated
 
 
-def run(config: DictConfig, *, out: Path | None = None) -> dict[str, Any]:
+def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone | None = None) -> dict[str, Any]:
     """Fine-tune as `config` says, in the run folder `out` (null: `<judged run>/finetune/...`), from its last checkpoint
     if it has one; returns metrics and protocol, which `<out>/eval/finetune.json` holds too.
+
+    `loaded` is what `ckpt=` names, where it has been read already.
     """
     began = time.perf_counter()
     check(config, FinetuneConfig)
@@ -76,16 +78,15 @@ def run(config: DictConfig, *, out: Path | None = None) -> dict[str, Any]:
     dtype = choose_dtype(config.trainer.precision.name, device)
 
     # ---- the backbone, the images and what of them is trained on ---------------------------------------------------
-    loaded = load(config)
+    loaded = loaded or load(config)
     own = config.data.name == "checkpoint" and loaded is not None
     data = data_settings(plain(config.data), loaded.config.get("data", {}) if loaded else None, subject=config.ckpt)
     seed = int(loaded.config.get("seed", 0)) if own and loaded else int(config.seed)
     splits = make_splits(data, own=own, seed=seed, command="eval.finetune", multi_label=True)
     source, held_out = divide(config, splits)
     out = out or default_folder(config, loaded, data["name"])
-    config.data = OmegaConf.merge(
-        OmegaConf.structured(EvalDataConfig), data
-    )  # what the checkpoint's own images are, for who judges this run
+    # Instead of `checkpoint`, what that means: whoever judges this run has no other place to learn it from.
+    config.data = OmegaConf.merge(OmegaConf.structured(EvalDataConfig), data)
     check_start(out, config, loaded)
     fitted = fit_batch(config.trainer, len(source), world_size=distributed.world_size())
 
@@ -160,17 +161,17 @@ def run(config: DictConfig, *, out: Path | None = None) -> dict[str, Any]:
     # ---- the test split, once --------------------------------------------------------------------------------------
     folder = find(out)
     state = read_state(folder)
-    judged = load_finetuned(folder)
+    judged = load_backbone(folder)
     kept = watch if ended is not None else None  # what early stopping has put back
     best = None if kept is None else kept.best_step
-    found = classify(judged.model.to(device), splits.test, title="test", **shown)  # pyright: ignore[reportAttributeAccessIssue]
+    found = classify(classifier_model(judged).to(device), splits.test, title="test", **shown)
     labels = splits.in_classes_of_train(found.labels)
     metrics = headline(found.features, labels, multi_label=splits.multi_label)
     protocol = {
         "command": "eval.finetune",
         "subject": _what(config, loaded),
         "started_from": started_from(loaded),
-        "checkpoint": _identity(loaded),
+        "checkpoint": None if loaded is None else checkpoint_identity(loaded),
         "backbone": spec.to_dict(),
         "recipe": config.recipe,
         "settings": _settings(config),
@@ -189,10 +190,10 @@ def run(config: DictConfig, *, out: Path | None = None) -> dict[str, Any]:
         + ("the last step" if kept is None else f"step {best}, the best on held-out images"),
         "weights": {
             "path": str(folder),
-            "sha256": load_backbone(folder).hash,
+            "sha256": judged.hash,
             "step": best or state["step"],
             "last_step": state["step"],
-            "average": (folder / "ema.safetensors").exists(),
+            "average": judged.weights == "ema",
             "held_out": None if kept is None else kept.best,
         },
         "data": {
@@ -275,21 +276,6 @@ def _what(config: DictConfig, loaded: LoadedBackbone | None) -> str:
     return str(loaded.path) if loaded is not None else f"{config.model.name} from random weights"
 
 
-def _identity(loaded: LoadedBackbone | None) -> dict[str, Any] | None:
-    if loaded is None:
-        return None
-    return {
-        "path": str(loaded.path),
-        "sha256": loaded.hash,
-        "step": loaded.step,
-        "weights": loaded.weights,
-        "layout": loaded.layout,
-        "pretraining_seed": loaded.config.get("seed"),
-        "method": str((loaded.config.get("method") or {}).get("_target_", "")).rpartition(".")[2] or None,
-        "pretraining_data": (loaded.config.get("data") or {}).get("name"),
-    }
-
-
 def _say(metrics: dict[str, float], protocol: dict[str, Any], path: Path) -> None:
     data = protocol["data"]
     named = "mAP" if data["multi_label"] else "top-1"
@@ -322,7 +308,7 @@ def main() -> None:
         if loaded is None and name == "checkpoint":
             name = "embedded"
         out = run_folder(default_folder(config, loaded, name), config.out)
-        result = launch(config, run=lambda: run(config, out=out), module="eval.finetune", out=out)
+        result = launch(config, run=lambda: run(config, out=out, loaded=loaded), module="eval.finetune", out=out)
         last = {} if result is None else result["protocol"]["last_metrics"]
         return last.get("held_out_top1", last.get("held_out_map"))  # a sweep never hears of the test split
 

@@ -93,6 +93,8 @@ class HeldOut:
         return metrics
 
     def _compare(self, score: float, method: nn.Module, subject: OnlineSubject, metrics: dict[str, float]) -> None:
+        # Processors may round differently, and every rank must come to the same verdict.
+        score = distributed.mean_over_ranks(torch.tensor([score], dtype=torch.float64, device=subject.device)).item()
         if score > self.best:
             self.best, self.best_step, self.worse = score, subject.step, 0
             _write(method.state_dict(), self._path(subject.step))

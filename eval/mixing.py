@@ -100,7 +100,7 @@ class InputMixing(Mixing):
         probability: float = 1.0,
         switch: float = 0.5,
         mode: str = "batch",
-        smoothing: float = 0.1,
+        smoothing: float = 0.0,
         multi_label: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, smoothing=smoothing, multi_label=multi_label)

@@ -239,6 +239,20 @@ def load(config: DictConfig) -> LoadedBackbone | None:
     return load_backbone(config.ckpt, model=plain(config.model), image_size=as_size(data.get("image_size")))
 
 
+def checkpoint_identity(loaded: LoadedBackbone) -> dict[str, Any]:
+    """What a protocol says of the weights that were given: where, which, and how they were made."""
+    return {
+        "path": str(loaded.path),
+        "sha256": loaded.hash,
+        "step": loaded.step,
+        "weights": loaded.weights,
+        "layout": loaded.layout,
+        "method": str((loaded.config.get("method") or {}).get("_target_", "")).rpartition(".")[2] or None,
+        "pretraining_data": (loaded.config.get("data") or {}).get("name"),
+        "pretraining_seed": loaded.config.get("seed"),
+    }
+
+
 def wanted_sets(config: DictConfig) -> list[FeatureSet]:
     """The vectors that `layers=` and `pooling=` name; a command without `layers` reads the last layer."""
     if config.ckpt == "pixels":
@@ -270,16 +284,6 @@ def make_subject(
 ) -> Subject:
     """The checkpoint's backbone, or the baseline that `ckpt=` names."""
     if loaded is not None:
-        checkpoint = {
-            "path": str(loaded.path),
-            "sha256": loaded.hash,
-            "step": loaded.step,
-            "weights": loaded.weights,
-            "layout": loaded.layout,
-            "method": str((loaded.config.get("method") or {}).get("_target_", "")).rpartition(".")[2] or None,
-            "pretraining_data": (loaded.config.get("data") or {}).get("name"),
-            "pretraining_seed": loaded.config.get("seed"),
-        }
         return Subject(
             model=loaded.model,
             sets=resolve_sets(loaded.model, sets),
@@ -288,7 +292,7 @@ def make_subject(
             mean=loaded.mean,
             std=loaded.std,
             identity={
-                "checkpoint": checkpoint,
+                "checkpoint": checkpoint_identity(loaded),
                 "backbone": loaded.spec.to_dict(),
                 "pooling": pooling(loaded.model, sets),
             },

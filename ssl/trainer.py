@@ -150,7 +150,7 @@ class Trainer:
         return self.evaluate is not None and (done % self.evaluate_every_steps == 0 or done == self.end_step)
 
     def _evaluate(self, done: int) -> tuple[dict[str, float], StopRun | None]:
-        """The evaluations' metrics, and the verdict of one that ends the run; the weights are left as they are."""
+        """The evaluations' metrics, and the verdict of one that ends the run: it may have put back earlier weights."""
         assert self.evaluate is not None
         average = self.average.tensors if self.average is not None and self.average.ready(done) else None
         self.method.eval()
