@@ -54,6 +54,16 @@ class Stem(Enum):
     standard = "standard"
 
 
+class Shard(Enum):
+    none = "none"
+    full = "full"
+
+
+class LaunchMode(Enum):
+    auto = "auto"
+    none = "none"
+
+
 class WandbMode(Enum):
     auto = "auto"
     offline = "offline"
@@ -131,6 +141,35 @@ class TrainerConfig:
     keep_every_steps: int | None = None  # checkpoints at multiples of this are never removed
     profile_steps: int | None = None  # time so many steps, trace as many more: <run folder>/profile
     pictures: bool = True  # views and reconstructions, at each checkpoint
+    max_time: str | None = None  # as 90m, 3h30m, 2d or 03:30:00: then the run saves, stops and exits with 124
+    max_bad_steps: int = 10  # steps in a row that may be skipped, for a loss or gradient that is not finite, or a spike
+    spike_deviations: float | None = None  # skip a step whose loss lies so many deviations above the recent mean
+    max_failed_saves: int = 3  # in a row; then the last step is saved in `fallback` and the run stops
+    fallback: str | None = None  # folder for that; null: the system's folder for temporary files
+    hang_timeout: float = 1200.0  # seconds after which a step that some rank does not finish ends the run
+    shard: Shard = Shard.none  # full: weights, gradients and optimizer state cut over the ranks (FSDP)
+    activation_checkpointing: bool = False  # compute activations again in backward instead of keeping them
+    plan: bool = False  # say what the run will need and cost, and do not train
+
+
+@dataclass
+class LaunchConfig:
+    """Where a run's processes are: read by the launcher, the Slurm settings and the Kubernetes manifest alike."""
+
+    mode: LaunchMode = LaunchMode.auto  # auto: one process per device, started here; none: this process alone
+    max_restarts: int = 3  # after a process is lost, from the last checkpoint
+    shutdown_seconds: int = 300  # that processes have to save and leave before they are killed
+    nodes: int = 1
+    devices: int | None = None  # processes per node; the groups give ${trainer.devices}
+    cpus_per_device: int | None = None
+    memory_gib: float | None = None  # per node
+    time: str | None = None  # wall-clock limit of one job, as 12h or 2d; the run goes on in the next
+    partition: str | None = None
+    account: str | None = None
+    container: str | None = None  # image
+    setup: list[str] = field(default_factory=list)  # shell lines before the run
+    name: str | None = None  # of the job
+    options: dict[str, Any] = field(default_factory=dict)  # more of the scheduler's own, by its names
 
 
 @dataclass
@@ -156,6 +195,7 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     online: dict[str, Any] = field(default_factory=dict)  # what is evaluated during the run, by name
     seed: int = 0

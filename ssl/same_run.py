@@ -21,6 +21,7 @@ FREE = (
     "batch_size",  # that of evaluations
     "wandb",
     "loader",
+    "launch",
     "trainer.steps",
     "trainer.device",
     "trainer.devices",
@@ -32,6 +33,14 @@ FREE = (
     "trainer.profile_steps",
     "trainer.compile",
     "trainer.eval_every_epochs",
+    "trainer.max_time",
+    "trainer.max_bad_steps",
+    "trainer.max_failed_saves",
+    "trainer.fallback",
+    "trainer.hang_timeout",
+    "trainer.shard",
+    "trainer.activation_checkpointing",
+    "trainer.plan",
     "online",
     "data.root",  # the images themselves are compared
     "data.source.root",
