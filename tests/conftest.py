@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import tests.slurm
 from tests.pool import Pool
 
 # Before torch is imported. The tests' tensors are small: more threads cost more than they bring.
@@ -25,3 +26,14 @@ def two_ranks() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[tests.slurm.Slurm]:
+    """A real Slurm with three nodes on this machine, started in about a second; skips where it is not installed."""
+    reason = tests.slurm.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    cluster = tests.slurm.Slurm()
+    yield cluster
+    cluster.close()

@@ -1,0 +1,237 @@
+"""A real Slurm on this machine's loopback: munge, a controller and three nodes, in a private folder, for the tests.
+
+    def test_...(slurm):
+        job = slurm.submit("launch/slurm.sbatch", "method=mae", cwd=ROOT)
+        slurm.wait(job, "COMPLETED")
+
+Partition `main` has the nodes n1 and n2. Partitions `low` and `high` share n3, where a job of `high` preempts one of
+`low`. There is no accounting (slurmdbd).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "setpriv")
+NODES = ("n1", "n2", "n3")
+CONF = """\
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{nodes}
+PartitionName=main Nodes=n[1-2] Default=YES PriorityTier=1
+PartitionName=low Nodes=n3 PriorityTier=1 GraceTime={grace}
+PartitionName=high Nodes=n3 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no Slurm here, or None."""
+    absent = [name for name in NEEDED if found(name) is None]
+    return f"{', '.join(absent)} not installed (apt-get install slurm-wlm munge)" if absent else None
+
+
+def found(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Slurm:
+    """The daemons, and Slurm's commands as methods."""
+
+    def __init__(self, *, grace: int = 0) -> None:
+        """`grace` is the partition low's GraceTime in seconds."""
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+        }
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        try:
+            self._configure(grace)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _configure(self, grace: int) -> None:
+        for name in ("munge", "state", *(f"spool.{node}" for node in NODES)):
+            (self.folder / name).mkdir(mode=0o755)
+        self.folder.chmod(0o755)
+        key = self.folder / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        controller, *ports = free_ports(1 + len(NODES))
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={2 if name == 'n3' else 16}"
+            for name, port in zip(NODES, ports)
+        )
+        conf = CONF.format(folder=self.folder, controller=controller, nodes=nodes, user=getpass.getuser(), grace=grace)
+        (self.folder / "slurm.conf").write_text(conf)
+
+    def _start(self) -> None:
+        munge = self.folder / "munge"
+        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
+        self._daemon("munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
+        wait_for(lambda: (munge / "socket").exists(), "munged's socket", seconds=10)
+        self._daemon("slurmctld", "-D")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node)
+        wait_for(self._idle, "three idle nodes", seconds=30, explain=self.logs)
+
+    def _daemon(self, name: str, *words: str) -> None:
+        """Started so that it dies with this process, whatever ends it."""
+        program = found(name)
+        assert program is not None
+        log = (self.folder / f"{name}{words[-1] if name == 'slurmd' else ''}.log").open("wb")
+        command = ["setpriv", "--pdeathsig", "KILL", program, *words]
+        self._daemons.append(
+            subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        )
+
+    def _idle(self) -> bool:
+        shown = self._run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False)
+        return {tuple(line.split()) for line in shown.splitlines()} == {(node, "idle") for node in NODES}
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
+
+    def _run(self, *words: str, check: bool = True, **options: Any) -> str:
+        ended = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60, check=False, **options
+        )
+        assert ended.returncode == 0 or not check, f"{' '.join(words)}: {ended.stderr}{self.logs()}"
+        return ended.stdout
+
+    def submit(self, *words: str, cwd: Path, **variables: str) -> str:
+        """`sbatch <words>`; returns the job's number."""
+        environment = {**self.environment, **variables}
+        ended = subprocess.run(
+            ["sbatch", "--parsable", *words], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.strip()
+
+    def jobs(self) -> list[str]:
+        """The numbers of all jobs that Slurm remembers."""
+        return re.findall(r"^JobId=(\d+)", self._run("scontrol", "show", "job", "--oneliner"), flags=re.MULTILINE)
+
+    def show(self, job: str) -> Mapping[str, str]:
+        """What `scontrol show job` says, by its names: JobState, Restarts, ExitCode..."""
+        words = self._run("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def signal(self, job: str, number: signal.Signals) -> None:
+        """Send a signal to the job's steps, as Slurm does before the time limit."""
+        self._run("scancel", f"--signal={number.name.removeprefix('SIG')}", job)
+
+    def release(self, job: str) -> None:
+        """Let a requeued job start now: Slurm holds it for two minutes."""
+        self._run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def restart(self, job: str, *, seconds: float = 90) -> None:
+        """Wait until a job is requeued and let it start again."""
+        self.wait(job, "PENDING", seconds=seconds)
+        self.release(job)
+
+    def wait(self, job: str, *states: str, seconds: float = 90) -> str:
+        """Wait for one of the states; return it. Fails at once where the job ended in another one."""
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"} - {*states}
+        seen = ""
+
+        def reached() -> bool:
+            nonlocal seen
+            seen = self.show(job)["JobState"]
+            assert seen not in final, f"job {job} is {seen}, not {' or '.join(states)}\n{self.output(job)}"
+            return seen in states
+
+        wait_for(reached, f"job {job} to be {' or '.join(states)}", seconds=seconds, explain=lambda: self.output(job))
+        return seen
+
+    def output(self, job: str) -> str:
+        """What the job has printed, and Slurm's record of it."""
+        record = self.show(job)
+        files = {record.get("StdOut", ""), record.get("StdErr", "")} - {""}
+        said = [f"--- {name}\n{Path(name).read_text()[-6000:]}" for name in sorted(files) if Path(name).exists()]
+        return "\n".join([str(dict(record)), *said])
+
+    def close(self) -> None:
+        """Cancel every job and end the daemons and whatever else they started."""
+        with contextlib.suppress(AssertionError, OSError, subprocess.TimeoutExpired):
+            self._run("scancel", "--signal=KILL", f"--user={getpass.getuser()}", check=False)
+            self._run("scancel", f"--user={getpass.getuser()}", check=False)
+        for daemon in reversed(self._daemons):
+            daemon.kill()
+            daemon.wait()
+        for pid in self._descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _descendants(self) -> list[int]:
+        """Processes of jobs: those that have this Slurm's folder in their environment, but for this one."""
+        mark = f"SLURM_CONF={self.folder}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+                    found.append(int(entry.parent.name))
+        return found
+
+
+def wait_for(
+    condition: Callable[[], bool], what: str, *, seconds: float, explain: Callable[[], str] = lambda: ""
+) -> None:
+    """Look every tenth of a second until `condition` holds; AssertionError after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}\n{explain()}"
+        time.sleep(0.1)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
