@@ -19,8 +19,8 @@ class Average(Protocol):
 
     tensors: dict[str, Tensor]
 
-    def update(self, module: nn.Module, done: int) -> None:
-        """Take in the weights after `done` steps."""
+    def update(self, module: nn.Module, done: int, *, unless: Tensor | None = None) -> None:
+        """Take in the weights after `done` steps. `unless` is a bool on the device: whether the last was skipped."""
         ...
 
     def ready(self, done: int) -> bool:
@@ -40,8 +40,8 @@ class MovingAverage:
     tensors: dict[str, Tensor]
     decay: float
 
-    def update(self, module: nn.Module, done: int) -> None:
-        _move(self.tensors, module, 1 - self.decay)
+    def update(self, module: nn.Module, done: int, *, unless: Tensor | None = None) -> None:
+        _move(self.tensors, module, 1 - self.decay, unless)
 
     def ready(self, done: int) -> bool:
         return True
@@ -57,20 +57,24 @@ class StochasticWeightAverage:
     start_step: int
     every_steps: int
 
-    def update(self, module: nn.Module, done: int) -> None:
-        since = done - self.start_step
+    def update(self, module: nn.Module, done: int, *, unless: Tensor | None = None) -> None:
+        since = done - self.start_step  # the mean counts steps, skipped ones too: the weights stood where they are
         if since >= 0 and since % self.every_steps == 0:
-            _move(self.tensors, module, 1 / (since // self.every_steps + 1))  # the first of them replaces the start
+            _move(self.tensors, module, 1 / (since // self.every_steps + 1), None)  # the first replaces the start
 
     def ready(self, done: int) -> bool:
         return done >= self.start_step
 
 
 @torch.no_grad()
-def _move(tensors: dict[str, Tensor], module: nn.Module, weight: float) -> None:
+def _move(tensors: dict[str, Tensor], module: nn.Module, weight: float, unless: Tensor | None) -> None:
     state = module.state_dict()
     floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([tensors[name] for name in floats], [state[name] for name in floats], weight)
+    if unless is None:
+        torch._foreach_lerp_([tensors[name] for name in floats], [state[name] for name in floats], weight)
+    else:
+        for name in floats:
+            tensors[name].lerp_(state[name], torch.where(unless, 0.0, weight).to(tensors[name].dtype))
     for name in state.keys() - set(floats):
         tensors[name].copy_(state[name])
 

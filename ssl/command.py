@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl.config import CONF, suggest
-from ssl.trainer import Stopped
+from ssl.stopping import Stopped
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -31,8 +31,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and hand it to `task`.
 
-    ValueError and OSError end the command with their message and exit code 1, a signal with 130; HYDRA_FULL_ERROR=1
-    shows where they arose. In a sweep a failed run is reported and the next one starts; a signal ends the sweep.
+    ValueError and OSError end the command with their message and exit code 1, a signal with 128 and its number, a time
+    limit with 124; HYDRA_FULL_ERROR=1 shows where they arose. In a sweep a failed run is reported and the next one
+    starts; a signal ends the sweep.
     """
     entered = False
     failures: list[str] = []
@@ -45,7 +46,8 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
             return task(config)
         except Stopped as stopped:
             _say(str(stopped))
-            raise SystemExit(130) from None
+            stopped.pass_on()
+            raise SystemExit(stopped.exit_code) from None
         except KeyboardInterrupt:
             _say("interrupted; what was saved stays, and the same command continues from it")
             raise SystemExit(130) from None

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it fails: long enough for rank 0 to write a large checkpoint."""
+_timeout = TIMEOUT
 
 
 def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
@@ -24,7 +25,9 @@ def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
     `device` is `auto`, `cpu`, `cuda` or one GPU's name; of several processes each takes the GPU of its LOCAL_RANK.
     Raises ValueError where there is no such device, or where the launcher's variables are incomplete.
     """
+    global _timeout
     chosen = _choose_device(device)
+    _timeout = timeout
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -62,6 +65,7 @@ def _choose_device(device: str) -> torch.device:
 def stop() -> None:
     """Leave the group, if one was joined."""
     if dist.is_initialized():
+        _host_groups.clear()
         dist.destroy_process_group()
 
 
@@ -251,3 +255,37 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 def _all_but_channels(x: Tensor) -> list[int]:
     return [dim for dim in range(x.dim()) if dim != 1]
+
+
+class HostMax:
+    """The largest of every rank's whole number, exchanged between the hosts while devices and hosts work on."""
+
+    def __init__(self) -> None:
+        self._group = _host_group()
+        self._running: tuple[Any, Tensor] | None = None
+
+    def swap(self, own: int) -> int:
+        """Send `own` on its way, and return the largest of what was sent at the call before, 0 at the first.
+
+        Every rank must call it equally often.
+        """
+        agreed = 0
+        if self._running is not None:
+            work, value = self._running
+            work.wait()
+            agreed = int(value.item())
+        value = torch.tensor([own], dtype=torch.int64)
+        self._running = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value
+        return agreed
+
+
+_host_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """A gloo group of all ranks for what hosts tell each other, made once; the main one may be on the devices."""
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups.clear()
+        _host_groups[world] = dist.new_group(backend="gloo", timeout=_timeout)
+    return _host_groups[world]

@@ -1,4 +1,4 @@
-"""The only training loop: autocast, accumulation, DistributedDataParallel, clipping, finite check, saving.
+"""The only training loop: autocast, accumulation, DistributedDataParallel, clipping, skipping of bad steps, saving.
 
 It knows nothing of methods, configs or data beyond what its arguments say, and no device is waited for between two
 logged steps.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,22 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ssl.distributed as distributed
 from ssl.averaging import Average, weights_of
+from ssl.guard import StepGuard
 from ssl.methods.base import Batch, Method
 from ssl.online import StopRun
 from ssl.profiling import OUTSIDE, StepProfiler
 from ssl.randomness import step_seed
-
-
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM), and has saved the step it had completed."""
-
-    def __init__(self, step: int, signal_name: str) -> None:
-        super().__init__(f"stopped by {signal_name} after step {step}, which is saved; the same command continues")
-        self.step = step
+from ssl.stopping import Agreement, StopRequests
 
 
 class NotFinite(ValueError):
-    """The loss became NaN or infinite."""
+    """The loss, the gradient or the weights became NaN or infinite, or the loss kept lying far above what it was."""
 
 
 @dataclass
@@ -46,7 +39,9 @@ class Trainer:
 
     `lr` gives a step's learning rate; `log(step, metrics)`, `save(step)` and `evaluate(step)` are called with the
     number of completed steps, so that the loop owns no file and no tracker. What `evaluate` returns is logged with the
-    step; the StopRun that it may raise ends the run once the step is saved.
+    step; the StopRun that it may raise ends the run once the step is saved. A step that the guard calls bad moves
+    nothing: no weight, no average of them, no running statistic. After more than `max_bad_steps` of them in a row the
+    run ends; `save_failed(first bad step, why)` keeps what is needed to look at it and returns where.
     """
 
     method: Method
@@ -71,10 +66,22 @@ class Trainer:
     evaluate_every_steps: int = 1
     end_step: int | None = None  # where the schedule ends; a run may be cut before
     profiler: StepProfiler | None = None
+    spike_deviations: float | None = None
+    max_bad_steps: int = 10
+    save_failed: Callable[[int, str], str] = lambda step, why: "nowhere"
+    warn: Callable[[str], None] = lambda text: None
+    deadline: float | None = None  # of time.monotonic(): then the run saves and stops
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
+    guard: StepGuard = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guard = StepGuard(self.device, spike_deviations=self.spike_deviations)
+        # The fused kernel itself can leave everything as it is where a number on the device says so: no wait for it.
+        fused = isinstance(self.optimizer, torch.optim.AdamW) and bool(self.optimizer.defaults.get("fused"))
+        self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
+        self._statistics = _RunningStatistics(self.method)
+        self._num_told = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.compile:
             self.method.compile()
@@ -95,18 +102,16 @@ class Trainer:
     def fit(self, batches: Iterator[Batch], *, start_step: int, stop_step: int, global_batch_size: int) -> None:
         """Train from `start_step` to `stop_step`.
 
-        Raises NotFinite on a loss that is not a number; with the last completed step saved, Stopped after a signal and
-        StopRun where an evaluation ends the run.
+        Raises NotFinite after too many bad steps in a row, or where the weights are spoiled; with the last completed
+        step saved, Stopped after a signal or the deadline, and StopRun where an evaluation ends the run.
         """
         self.method.train()
         pending: list[tuple[int, dict[str, Tensor]]] = []
         clock = _Clock()
-        with _signals() as caught:
+        agreement = Agreement()
+        with StopRequests(deadline=self.deadline) as requests:
             for step in range(start_step, stop_step):
-                waited = time.perf_counter()
-                with self._part("waiting for data"):
-                    batch = next(batches)
-                clock.waited += time.perf_counter() - waited
+                batch = self._next(batches, clock)
                 lr = self.lr(step)
                 self.set_lr(self.optimizer, lr)
                 pending.append((step + 1, self.step(batch, step)))
@@ -125,9 +130,9 @@ class Trainer:
                         metrics |= found
                         clock.restart()
                     self.log(done, metrics)
-                stopping = self._agreed(caught, done) or verdict is not None
+                stop_code = agreement.reached(requests.code)
+                stopping = bool(stop_code) or verdict is not None
                 if done % self.checkpoint_every_steps == 0 or last or stopping:
-                    self._collect(pending)
                     self._check_weights(done)
                     saving = time.perf_counter()
                     with self._part(OUTSIDE):
@@ -135,12 +140,19 @@ class Trainer:
                     clock.start += time.perf_counter() - saving  # throughput is that of training
                 if verdict is not None:
                     raise verdict
-                if stopping and not last:
-                    raise Stopped(done, caught[0] if caught else "another rank")
+                if stop_code and not last:
+                    raise requests.stopped(done, stop_code)
                 if self.profiler is not None:
                     profiling = time.perf_counter()
                     self.profiler.step_done()
                     clock.start += time.perf_counter() - profiling
+
+    def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
+        began = time.perf_counter()
+        with self._part("waiting for data"):
+            batch = next(batches)
+        clock.waited += time.perf_counter() - began
+        return batch
 
     def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
@@ -163,24 +175,68 @@ class Trainer:
             self.method.train()
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimizer step on this rank's share; returns its scalars, averaged over the accumulated parts, on the
-        device.
+        """One optimizer step on this rank's share, unless it is bad; returns its scalars, averaged over the accumulated
+        parts, on the device. `skipped` is 1 for a step that moved nothing. Raises NotFinite after too many in a row.
         """
         parts = _split(batch, self.accumulation)
+        self._statistics.keep()
         if self.method.couples_images and len(parts) > 1:
             metrics = self._backward_coupled(parts, step)
         else:
             metrics = self._backward(parts, step)
         with self._part("optimizer"):
-            if self.clip_grad_norm is not None:
-                self.scaler.unscale_(self.optimizer)
-                metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.method.parameters(), self.clip_grad_norm)
-            self.scaler.step(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
+            metrics["grad_norm"] = self._clip()
+            scaling = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+            bad = self.guard.judge(metrics["loss"], metrics["grad_norm"], step, tolerant=scaling)
+            if self.decides_on_device:
+                self._update_unless(bad, step)
+            elif not bad.item():
+                self.scaler.step(self.optimizer)
+                self._average(step, None)
+            else:
+                self._statistics.put_back()
+                self._average(step, bad)
+                self._check_row()
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.update(self.method, step + 1)
+        metrics["skipped"] = bad.float()
         return metrics
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients together, before they are clipped."""
+        if self.clip_grad_norm is not None:
+            return nn.utils.clip_grad_norm_(self.method.parameters(), self.clip_grad_norm)
+        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def _update_unless(self, bad: Tensor, step: int) -> None:
+        """Move everything without a wait for `bad`, a bool on the device; what it forbids is left out there."""
+        optimizer: Any = self.optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        self._statistics.put_back_where(bad)
+        self._average(step, bad)
+
+    def _average(self, step: int, bad: Tensor | None) -> None:
+        if self.average is not None:
+            self.average.update(self.method, step + 1, unless=bad)
+
+    def _check_row(self) -> None:
+        """Raise NotFinite where too many steps in a row were bad."""
+        seen = self.guard.read()
+        if seen.total > self._num_told:
+            self._num_told = seen.total
+            self.warn(f"skipped {seen.total} of the run's steps: {seen.why()}")
+        if seen.in_a_row <= self.max_bad_steps:
+            return
+        kept = self.save_failed(seen.first, seen.why())
+        raise NotFinite(
+            f"{seen.in_a_row} steps in a row were skipped, more than trainer.max_bad_steps={self.max_bad_steps}: "
+            f"{seen.why()}. Last good checkpoint: {self.last_saved()}; the first bad step is kept in {kept}. Try a "
+            "lower optim.base_lr, a longer schedule.warmup_epochs, trainer.clip_grad_norm=1, or trainer.precision=fp32"
+        )
 
     def _backward(self, parts: list[Batch], step: int) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
@@ -248,25 +304,20 @@ class Trainer:
         return self.parallel.no_sync()
 
     def _collect(self, pending: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-        """The pending steps' scalars, averaged over steps and ranks: the one place where the device is waited for."""
-        if not pending:
-            return {}
+        """The pending steps' scalars, averaged over steps and ranks, skipped ones left out: the one place where the
+        device is waited for.
+        """
         names = list(pending[0][1])
         rows = torch.stack(
             [torch.stack([metrics[name].float() for name in names]) for _, metrics in pending]
         )  # (steps, names)
         rows = distributed.mean_over_ranks(rows).cpu()
-        losses = rows[:, names.index("loss")]
-        if not losses.isfinite().all():
-            at = int((~losses.isfinite()).nonzero()[0])
-            step = pending[at][0]
-            raise NotFinite(
-                f"the loss is {losses[at].item()} at step {step} (lr {self.lr(step - 1):.3g}, "
-                f"{dtype_name(self.dtype)}); nothing of it was saved. Last good checkpoint: "
-                f"{self.last_saved()}. Try a lower optim.base_lr, a longer schedule.warmup_epochs, "
-                "trainer.clip_grad_norm=1, or trainer.precision=fp32"
-            )
-        return dict(zip(names, rows.mean(dim=0).tolist(), strict=True))
+        skipped = rows[:, names.index("skipped")] > 0
+        if skipped.any():
+            self._check_row()
+        metrics = dict(zip(names, rows[~skipped].mean(dim=0).tolist(), strict=True))  # NaN where all were skipped
+        del metrics["skipped"]
+        return metrics | {"skipped_steps": self.guard.read().total}
 
     def _check_weights(self, done: int) -> None:
         """Raise NotFinite where the last update spoiled the weights, which its loss, taken before, does not show."""
@@ -276,15 +327,6 @@ class Trainer:
                 f"the weights are not finite after step {done}; nothing of it was saved. Last good checkpoint: "
                 f"{self.last_saved()}. Try a lower optim.base_lr, trainer.clip_grad_norm=1, or trainer.precision=fp32"
             )
-
-    def _agreed(self, caught: list[str], done: int) -> bool:
-        """Whether to stop now. Several ranks agree at logged steps only, so that other steps need no exchange."""
-        if distributed.world_size() == 1:
-            return bool(caught)
-        if done % self.log_every_steps:
-            return False
-        flag = torch.tensor([float(bool(caught))], device=self.device)
-        return bool(distributed.sum_over_ranks(flag).item() > 0)
 
 
 class _Clock:
@@ -305,30 +347,28 @@ class _Clock:
         self.start, self.waited = time.perf_counter(), 0.0
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect the names of stop signals; a second Ctrl-C stops at once, while launchers may send SIGTERM twice.
+class _RunningStatistics:
+    """A copy of what normalisation layers keep of all batches, so that a step can be taken back."""
 
-    Outside the main thread nothing is installed.
-    """
-    caught: list[str] = []
-    previous: dict[int, Any] = {}
+    def __init__(self, module: nn.Module) -> None:
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
 
-    def note(number: int, frame: Any) -> None:
-        caught.append(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            signal.signal(number, previous[number])
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
 
-    try:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            previous[each] = signal.signal(each, note)
-    except ValueError:  # not the main thread
-        previous.clear()
-    try:
-        yield caught
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
+
+    @torch.no_grad()
+    def put_back_where(self, bad: Tensor) -> None:
+        for live, kept in zip(self._live, self._kept, strict=True):
+            live.copy_(torch.where(bad, kept, live))
 
 
 @contextlib.contextmanager
