@@ -91,6 +91,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def shared_store(name: str) -> dist.Store | None:
+    """Keys and values that all ranks share, on a connection of its own, so that a thread can use it while the main
+    thread waits on its own; None for one process.
+
+    It is empty: a launcher's store may outlive a start of the run, so each call, which all ranks make together, gets
+    other keys.
+    """
+    if not dist.is_initialized():
+        return None
+    number = int(gather_rows(torch.tensor([time.time_ns()]))[0])
+    return dist.PrefixStore(f"{name}/{number}", dist.distributed_c10d._get_default_store().clone())
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():
@@ -156,6 +169,24 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of every rank's floating `x`, detached, the same on all ranks."""
     return sum_over_ranks(x) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, a small thing that pickle knows, on every rank. What the others give is not looked at."""
+    if world_size() == 1 or not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_host_group())
+    return box[0]
+
+
+def from_every(value: Any) -> list[Any]:
+    """Every rank's `value`, a small thing that pickle knows, in rank order, on every rank."""
+    if world_size() == 1 or not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return values
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:
