@@ -6,6 +6,7 @@ Everything here is the identity, or does nothing, where there is one process, so
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -14,18 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssl.ranks import adopt_slurm
+
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it fails: long enough for rank 0 to write a large checkpoint."""
 _timeout = TIMEOUT
 
 
 def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
-    """Join the processes that torchrun, or whatever sets RANK and WORLD_SIZE, started; return this one's device.
+    """Join the processes that torchrun, srun or whatever sets RANK and WORLD_SIZE started; return this one's device.
 
     `device` is `auto`, `cpu`, `cuda` or one GPU's name; of several processes each takes the GPU of its LOCAL_RANK.
     Raises ValueError where there is no such device, or where the launcher's variables are incomplete.
     """
     global _timeout
+    adopt_slurm()
     chosen = _choose_device(device)
     _timeout = timeout
     if chosen.type == "cuda":
@@ -54,6 +58,8 @@ def _choose_device(device: str) -> torch.device:
         return chosen
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = chosen.index if chosen.index is not None and world_size() == 1 else local_rank()
+    if num_gpus == 1 and "SLURM_STEP_ID" in os.environ:
+        index = 0  # --gpus-per-task shows each task its own GPU alone
     if index >= num_gpus:
         raise ValueError(
             f"trainer.device={device} asks for GPU {index} but torch sees {num_gpus}; "
