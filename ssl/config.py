@@ -19,6 +19,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from ssl.durations import seconds_of
+
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
@@ -143,7 +145,7 @@ class TrainerConfig:
     pictures: bool = True  # views and reconstructions, at each checkpoint
     max_time: str | None = None  # as 90m, 3h30m, 2d or 03:30:00: then the run saves, stops and exits with 124
     max_bad_steps: int = 10  # steps in a row that may be skipped, for a loss or gradient that is not finite, or a spike
-    spike_deviations: float | None = None  # skip a step whose loss lies so many deviations above the recent mean
+    spike_deviations: float | None = None  # skip a step whose loss lies so many of them above the recent losses
     max_failed_saves: int = 3  # in a row; then the last step is saved in `fallback` and the run stops
     fallback: str | None = None  # folder for that; null: the system's folder for temporary files
     hang_timeout: float = 1200.0  # seconds after which a step that some rank does not finish ends the run
@@ -210,6 +212,7 @@ class PretrainConfig(TrainingConfig):
     method: Any = MISSING
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
+    objective: str | None = None  # what a sweep is told: a metric's name, eval.knn, eval.linear_probe or eval.health
 
 
 def register_schemas() -> None:
@@ -326,7 +329,14 @@ def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
         raise ValueError("trainer.ema_decay and trainer.swa_start_epoch are two averages of the weights; give one")
     if trainer.swa_start_epoch is None and (trainer.swa_lr_factor is not None or trainer.swa_every_epochs != 1):
         raise ValueError("trainer.swa_lr_factor and swa_every_epochs have no effect without trainer.swa_start_epoch")
-    for name in ("swa_every_epochs", "swa_lr_factor", "eval_every_epochs"):
+    if trainer.max_bad_steps < 0 or trainer.max_failed_saves < 1:
+        raise ValueError(
+            "trainer.max_bad_steps must be at least 0 and trainer.max_failed_saves at least 1, got "
+            f"{trainer.max_bad_steps} and {trainer.max_failed_saves}"
+        )
+    if trainer.max_time is not None:
+        seconds_of(trainer.max_time, key="trainer.max_time")
+    for name in ("swa_every_epochs", "swa_lr_factor", "eval_every_epochs", "spike_deviations", "hang_timeout"):
         value = getattr(trainer, name)
         if value is not None and not value > 0:
             raise ValueError(f"trainer.{name} must be above 0, got {value}")

@@ -42,6 +42,7 @@ FREE = (
     "trainer.activation_checkpointing",
     "trainer.plan",
     "online",
+    "objective",
     "data.root",  # the images themselves are compared
     "data.source.root",
     "data.source.download",
