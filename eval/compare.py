@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from eval.config import register
 from eval.protocols import brief, circumstances, find_results, protocol_difference, protocol_id, read_result
-from eval.tables import Table, metric_columns
 from ssl.command import run_command
 from ssl.config import check
+from ssl.tables import Table, metric_columns
 
 USAGE = """eval.compare needs results:
   python -m eval.compare runs/a/eval/knn.json runs/b/eval/knn.json

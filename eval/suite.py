@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from eval.config import register
 from eval.protocols import protocol_id
 from eval.subject import BASELINES, features_shared
-from eval.tables import Table, metric_columns
 from ssl.command import run_command
 from ssl.config import CONF, Device, ModelConfig, Precision, check, plain, suggest
+from ssl.tables import Table, metric_columns
 
 USAGE = """eval.suite needs ckpt=, what is judged:
   python -m eval.suite ckpt=runs/<run>                                      kNN and a linear probe on its own images

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from eval import compare
 from eval.protocols import brief, find_results, identity, protocol_difference, protocol_id
-from eval.tables import Table, metric_columns
+from ssl.tables import Table, metric_columns
 
 KNN = {
     "command": "eval.knn",
