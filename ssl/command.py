@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl.config import CONF, suggest
+from ssl.ranks import adopt_slurm
 from ssl.stopping import Stopped
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -41,6 +42,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
     def entry(config: DictConfig) -> Any:
         nonlocal entered
         entered = True
+        adopt_slurm()
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             return task(config)
