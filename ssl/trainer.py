@@ -305,7 +305,7 @@ class Trainer:
 
     def _collect(self, pending: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """The pending steps' scalars, averaged over steps and ranks, skipped ones left out: the one place where the
-        device is waited for.
+        device is waited for. `skipped_steps` counts the whole run's.
         """
         names = list(pending[0][1])
         rows = torch.stack(
@@ -315,9 +315,10 @@ class Trainer:
         skipped = rows[:, names.index("skipped")] > 0
         if skipped.any():
             self._check_row()
-        metrics = dict(zip(names, rows[~skipped].mean(dim=0).tolist(), strict=True))  # NaN where all were skipped
-        del metrics["skipped"]
-        return metrics | {"skipped_steps": self.guard.read().total}
+        means = rows[~skipped].mean(dim=0).tolist()  # NaN where all were skipped
+        metrics = {name: mean for name, mean in zip(names, means, strict=True) if name != "skipped"}
+        metrics["skipped_steps"] = float(self.guard.read().total)
+        return metrics
 
     def _check_weights(self, done: int) -> None:
         """Raise NotFinite where the last update spoiled the weights, which its loss, taken before, does not show."""

@@ -24,6 +24,7 @@ from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
+from ssl.durations import seconds_of
 from ssl.methods.base import Batch, Method
 from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.online import Evaluation, OnlineSubject, StopRun, evaluate_all, load_evaluations, show_start
@@ -78,6 +79,8 @@ def train(
     """
     settings = config.trainer
     source, mean, std = images.source, images.mean, images.std
+    limit = settings.max_time
+    deadline = None if limit is None else time.monotonic() + seconds_of(limit, key="trainer.max_time")
 
     # ---- the model on its device -----------------------------------------------------------------------------------
     channels_last = not is_token_model(method.backbone)
@@ -145,6 +148,7 @@ def train(
     )
     start_step, scaler_state, latest, seconds_before = 0, {}, {}, 0.0
     began = time.perf_counter()
+    guard_state = None
     if resumed is not None:
         state, optimizer_tensors = resumed
         load_evaluations(evaluations, state.get("evaluations", {}))
@@ -161,6 +165,7 @@ def train(
             )
         tensors_to_state(optimizer, optimizer_tensors)
         start_step, scaler_state = state["step"], state["scaler"]
+        guard_state = state.get("guard")
         latest, seconds_before = dict(state["metrics"]), state.get("train_seconds", 0.0)
         del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
     steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
@@ -211,6 +216,8 @@ def train(
         mfu = use.mfu(metrics["images_per_second"])
         metrics |= {} if mfu is None else {"mfu": mfu}
         latest.update(metrics, bad_images=len(loader.bad))
+        if metrics["loss"] != metrics["loss"]:  # every step since the last line was skipped: JSON has no such number
+            latest["loss"] = None
         tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
 
     def subject(step: int) -> OnlineSubject:
@@ -254,6 +261,7 @@ def train(
                     "num_images": len(source),
                     "images": checksum(source),
                     "scaler": trainer.scaler.state_dict(),
+                    "guard": trainer.guard.state(),
                     "metrics": latest,
                     "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
                     "world_size": distributed.world_size(),
@@ -304,7 +312,13 @@ def train(
         evaluate_every_steps=max(round((settings.eval_every_epochs or 1) * steps_per_epoch), 1),
         end_step=span,
         profiler=profiler,
+        spike_deviations=settings.spike_deviations,
+        max_bad_steps=settings.max_bad_steps,
+        warn=log.warning if main else lambda text: None,
+        deadline=deadline,
     )
+    if guard_state is not None:
+        trainer.guard.load(guard_state)
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
     if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
