@@ -16,6 +16,7 @@ It is written under a temporary name, synced to disk, then renamed: a folder wit
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -36,6 +37,16 @@ from ssl.timm_folder import timm_config
 
 FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
+LEFTOVERS = (".partial_step_*", ".removed_step_*")  # of a save, or of a removal, that was killed
+
+
+class NoRoom(OSError):
+    """A checkpoint was not begun, because the disk has less room than it needs."""
+
+
+def folder_name(step: int) -> str:
+    """The name of a step's checkpoint, in the folder `checkpoints` of its run."""
+    return f"step_{step:08d}"
 
 
 def save(
@@ -51,17 +62,20 @@ def save(
     mean: list[float],
     std: list[float],
 ) -> Path:
-    """Write the checkpoint of `step` whole or not at all; returns its folder.
+    """Write the checkpoint of `step` whole or not at all; returns its folder. Earlier ones are not touched.
 
-    Raises OSError with advice where it cannot.
+    Raises OSError where it cannot, with what it needs and what is free, and NoRoom, before anything is written, where
+    that is too little.
     """
-    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    final = run_dir / "checkpoints" / folder_name(step)
     partial = final.with_name(f".partial_{final.name}")
     backbone, rest = _split_backbone(method.state_dict())
+    num_bytes = bytes_on_disk(backbone, rest, optimizer_tensors, ema or {})
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(".partial_step_*"):  # of a save that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_leftovers(run_dir)
+        if (free := _free_bytes(final.parent)) is not None and free < num_bytes:
+            raise NoRoom(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
         save_tensors(backbone, partial / "model.safetensors")
         save_tensors(rest, partial / "method.safetensors")
@@ -87,18 +101,25 @@ def save(
             sync(path)
         sync(partial)
         if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
+            os.replace(final, _doomed(final))
         os.replace(partial, final)
         sync(final.parent)
+        shutil.rmtree(_doomed(final), ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(run_dir).free / 2**20 if run_dir.exists() else 0.0
-        raise OSError(
-            f"the checkpoint of step {step} could not be written to {final.parent}: {error} "
-            f"({free:,.0f} MiB free there). Earlier checkpoints are whole; make room "
-            "or give another out=, then run the same command again"
-        ) from error
+        free = _free_bytes(run_dir)
+        text = (
+            f"the checkpoint of step {step} could not be written to {final.parent}: {_reason(error)} "
+            f"({num_bytes / 2**20:,.1f} MiB needed, {'?' if free is None else f'{free / 2**20:,.1f}'} MiB free there)"
+        )
+        raise (NoRoom if isinstance(error, NoRoom) else OSError)(text) from error
     return final
+
+
+def bytes_on_disk(*tensors: Mapping[str, Tensor]) -> int:
+    """What a checkpoint of these tensors takes, with its small files, in bytes; some more than it will be."""
+    every = [tensor for each in tensors for tensor in each.values()]
+    return sum(tensor.numel() * tensor.element_size() + 256 for tensor in every) + 2**16
 
 
 def prune(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: int | None) -> None:
@@ -109,7 +130,25 @@ def prune(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: int |
     folders = [(step, folder) for step, folder in steps_saved(run_dir) if step <= newest]
     for step, folder in folders[: max(len(folders) - keep_last, 0)]:
         if not (keep_every_steps and step % keep_every_steps == 0):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def make_room(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Remove ahead of the save of step `newest` what `prune` would remove after it, but for the newest whole one.
+
+    Returns what was removed: nothing where no checkpoint is whole.
+    """
+    folders = [(step, folder) for step, folder in steps_saved(run_dir) if step < newest]
+    surplus = [
+        folder
+        for step, folder in folders[: max(len(folders) + 1 - keep_last, 0)]
+        if not (keep_every_steps and step % keep_every_steps == 0)
+    ]
+    whole = next((folder for _, folder in reversed(folders) if surplus and _is_whole(folder)), None)
+    gone = [folder for folder in surplus if whole is not None and folder != whole]
+    for folder in gone:
+        _remove(folder)
+    return gone
 
 
 def steps_saved(run_dir: Path) -> list[tuple[int, Path]]:
@@ -294,6 +333,56 @@ def _load_checkpoint(folder: Path) -> LoadedBackbone:
         weights=weights,
         classifier=classifier,
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder, read_state(folder))
+    except ValueError:
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint as a whole: one that is killed half-way leaves none that looks like one."""
+    doomed = _doomed(folder)
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+    except OSError:  # it stays, and the next save tries again
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f".removed_{folder.name}")
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    for pattern in LEFTOVERS:
+        for leftover in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """What this user may still write there; None where the file system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """What the system said, in its own words: safetensors wraps them in its own."""
+    number = error.errno if isinstance(error, OSError) else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and found:
+        number = int(found.group(1))
+    if number is None:
+        return str(error)
+    advice = {errno.EDQUOT: "; see `quota -s`", errno.EROFS: "; it was mounted so, or after an error of the disk"}
+    return os.strerror(number) + advice.get(number, "")
 
 
 def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
