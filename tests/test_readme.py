@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -17,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from tests.forks import start
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -103,34 +103,16 @@ def made_small(command: str, home: Path) -> list[str]:
     return [*words, *(word for word in SMALL[module].split() if word.split("=")[0] not in given)]
 
 
-PRELOADED = ["torch", "timm", "faiss", "ssl.pretrain"]
-PRELOADED += [f"eval.{name}" for name in ("finetune", "health", "predict", "features", "export")]
-"""What the commands import, once: each of them is a fork of one process that has it, not an interpreter of its own."""
-
-
-def typed(words: list[str], home: Path) -> tuple[int, str]:
+def typed(words: list[str], home: Path) -> tuple[int | None, str]:
     """Exit code and output of `python -m <module> <words>` in the folder `home`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     said = home / "said.txt"
-    child = context.Process(target=as_main, args=(words[words.index("-m") + 1 :], str(home), str(said)))
-    child.start()
+    said.unlink(missing_ok=True)
+    child = start(words[words.index("-m") + 1 :], home=home, said=said)
     child.join(600)
     if child.is_alive():
         child.kill()
         child.join()
     return child.exitcode, said.read_text()
-
-
-def as_main(words: list[str], home: str, said: str) -> None:
-    """What an interpreter does with `-m`, with all that is printed in a file."""
-    with open(said, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(home)
-    sys.path[:0] = [str(ROOT), home]
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
