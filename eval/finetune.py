@@ -38,6 +38,8 @@ from ssl.launch import launch
 from ssl.models.classifier import freeze, pooling_name
 from ssl.online import Evaluation, StopRun
 from ssl.recipe import fit_batch
+from ssl.run_lock import RunLock
+from ssl.sweeps import Outcome
 from ssl.trainer import choose_dtype, dtype_name
 from ssl.training import Images, train
 
@@ -124,34 +126,35 @@ def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone |
     evaluations: dict[str, Evaluation] = {name: build(node) for name, node in config.online.items()}
     ended = None
     try:
-        train(
-            config,
-            schema=FinetuneConfig,
-            out=out,
-            method=method,
-            spec=spec,
-            images=Images(
-                source,
-                channels=spec.in_chans,
-                mean=mean,
-                std=std,
-                in_memory_gib=data["in_memory_gib"],
-                max_bad_fraction=data["max_bad_fraction"],
-                settings=dict(data),
-            ),
-            device=device,
-            dtype=dtype,
-            evaluations={**evaluations, **({"held_out": watch} if watch else {})},
-            next_command=None,
-            card={
-                "started_from": started_from(loaded),
-                "classifier": {
-                    "classes": splits.classes,
-                    "pooling": pooling_name(model),
-                    "multi_label": splits.multi_label,
+        with RunLock(out):
+            train(
+                config,
+                schema=FinetuneConfig,
+                out=out,
+                method=method,
+                spec=spec,
+                images=Images(
+                    source,
+                    channels=spec.in_chans,
+                    mean=mean,
+                    std=std,
+                    in_memory_gib=data["in_memory_gib"],
+                    max_bad_fraction=data["max_bad_fraction"],
+                    settings=dict(data),
+                ),
+                device=device,
+                dtype=dtype,
+                evaluations={**evaluations, **({"held_out": watch} if watch else {})},
+                next_command=None,
+                card={
+                    "started_from": started_from(loaded),
+                    "classifier": {
+                        "classes": splits.classes,
+                        "pooling": pooling_name(model),
+                        "multi_label": splits.multi_label,
+                    },
                 },
-            },
-        )
+            )
     except StopRun as stop:
         if watch is None or not watch.ended:
             raise
@@ -297,7 +300,7 @@ def main() -> None:
     """The command line."""
     register(FinetuneConfig)
 
-    def task(config: DictConfig) -> float | None:
+    def task(config: DictConfig) -> Outcome:
         if config.ckpt is None:
             print(USAGE.format(command="eval.finetune"), file=sys.stderr)
             raise SystemExit(2)
@@ -309,8 +312,10 @@ def main() -> None:
             name = "embedded"
         out = run_folder(default_folder(config, loaded, name), config.out)
         result = launch(config, run=lambda: run(config, out=out, loaded=loaded), module="eval.finetune", out=out)
-        last = {} if result is None else result["protocol"]["last_metrics"]
-        return last.get("held_out_top1", last.get("held_out_map"))  # a sweep never hears of the test split
+        result = result or {"metrics": {}, "protocol": {"last_metrics": {}}}  # of a rank that did not judge
+        last = result["protocol"]["last_metrics"]
+        held_out = last.get("held_out_top1", last.get("held_out_map"))
+        return Outcome(result["metrics"], out, held_out)  # a sweeper never hears of the test split
 
     run_command(task, config_name="finetune")
 

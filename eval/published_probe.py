@@ -36,6 +36,7 @@ from ssl.launch import launch
 from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.optim import scaled_lr
 from ssl.recipe import fit_batch
+from ssl.run_lock import RunLock
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
 
@@ -146,27 +147,28 @@ def train_and_report(
         seed=config.seed,
     )
     out.mkdir(parents=True, exist_ok=True)
-    last = train(
-        config,
-        schema=schema,
-        out=out,
-        method=method,
-        spec=BackboneSpec.from_dict(subject.identity["backbone"]),
-        images=Images(
-            source,
-            channels=subject.channels,
-            mean=subject.mean,
-            std=subject.std,
-            in_memory_gib=judged.data["in_memory_gib"],
-            max_bad_fraction=judged.data["max_bad_fraction"],
-            settings=judged.data,
-        ),
-        device=device,
-        dtype=dtype,
-        evaluations={},
-        next_command=None,
-        card={"judged": _identity(judged)},
-    )
+    with RunLock(out):
+        last = train(
+            config,
+            schema=schema,
+            out=out,
+            method=method,
+            spec=BackboneSpec.from_dict(subject.identity["backbone"]),
+            images=Images(
+                source,
+                channels=subject.channels,
+                mean=subject.mean,
+                std=subject.std,
+                in_memory_gib=judged.data["in_memory_gib"],
+                max_bad_fraction=judged.data["max_bad_fraction"],
+                settings=judged.data,
+            ),
+            device=device,
+            dtype=dtype,
+            evaluations={},
+            next_command=None,
+            card={"judged": _identity(judged)},
+        )
     trained = read_state(steps_saved(out)[-1][1])
     judged.counts["train"] = {"num": len(source), "num_bad": int(last.get("bad_images", 0)), "seconds": 0.0}
 

@@ -24,6 +24,9 @@ from ssl.data.subset import limit
 from ssl.launch import launch
 from ssl.methods.base import Method
 from ssl.models.backbones import build_backbone
+from ssl.objective import check_objective, find_objective
+from ssl.run_lock import RunLock
+from ssl.sweeps import Outcome
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
 
@@ -77,18 +80,19 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     )
 
     # ---- train -----------------------------------------------------------------------------------------------------
-    metrics = train(
-        config,
-        schema=PretrainConfig,
-        out=out,
-        method=method,
-        spec=spec,
-        images=images,
-        device=device,
-        dtype=dtype,
-        evaluations={name: build(node) for name, node in config.online.items()},
-        next_command=f"python -m eval.knn ckpt={out}",
-    )
+    with RunLock(out):
+        metrics = train(
+            config,
+            schema=PretrainConfig,
+            out=out,
+            method=method,
+            spec=spec,
+            images=images,
+            device=device,
+            dtype=dtype,
+            evaluations={name: build(node) for name, node in config.online.items()},
+            next_command=f"python -m eval.knn ckpt={out}",
+        )
     distributed.stop()  # not after an error: the other ranks may be waiting, and the launcher ends them
     return metrics
 
@@ -99,13 +103,14 @@ def main() -> None:
     run_command(_task, config_name="pretrain")
 
 
-def _task(config: DictConfig) -> dict[str, float]:
+def _task(config: DictConfig) -> Outcome:
     chosen = choices()
     default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
     out = run_folder(default, config.out)
     check(config, PretrainConfig)
-    metrics = launch(config, run=lambda: run(config, out=out), module="ssl.pretrain", out=out)
-    return {} if metrics is None else metrics
+    check_objective(config)
+    metrics = launch(config, run=lambda: run(config, out=out), module="ssl.pretrain", out=out) or {}
+    return Outcome(metrics, out, find_objective(config, metrics, out=out) if distributed.is_main() else None)
 
 
 def _open_run_folder(out: Path) -> None:

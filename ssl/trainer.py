@@ -26,7 +26,9 @@ from ssl.methods.base import Batch, Method
 from ssl.online import StopRun
 from ssl.profiling import OUTSIDE, StepProfiler
 from ssl.randomness import step_seed
+from ssl.slow_ranks import SlowRanks
 from ssl.stopping import Agreement, StopRequests
+from ssl.watchdog import DATA, GATHER, LOG, STEP, Watchdog
 
 
 class NotFinite(ValueError):
@@ -37,11 +39,13 @@ class NotFinite(ValueError):
 class Trainer:
     """What one run needs between its first and its last step.
 
-    `lr` gives a step's learning rate; `log(step, metrics)`, `save(step)` and `evaluate(step)` are called with the
-    number of completed steps, so that the loop owns no file and no tracker. What `evaluate` returns is logged with the
-    step; the StopRun that it may raise ends the run once the step is saved. A step that the guard calls bad moves
-    nothing: no weight, no average of them, no running statistic. After more than `max_bad_steps` of them in a row the
-    run ends; `save_failed(first bad step, why)` keeps what is needed to look at it and returns where.
+    `lr` gives a step's learning rate; `log(step, metrics)`, `save(step, final)` and `evaluate(step)` are called with
+    the number of completed steps, so that the loop owns no file and no tracker; `final` says that no save will follow.
+    What `evaluate` returns is logged with the step; the StopRun that it may raise ends the run once the step is saved.
+
+    A step that the guard calls bad moves nothing: no weight, no average of them, no running statistic. After more than
+    `max_bad_steps` of them in a row the run ends; `save_failed(first bad step, why)` keeps what is needed to look at it
+    and returns where.
     """
 
     method: Method
@@ -60,7 +64,7 @@ class Trainer:
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    save: Callable[[int], None] = lambda step: None
+    save: Callable[[int, bool], None] = lambda step, final: None
     last_saved: Callable[[], str] = lambda: "none"
     evaluate: Callable[[int], dict[str, float]] | None = None
     evaluate_every_steps: int = 1
@@ -71,6 +75,8 @@ class Trainer:
     save_failed: Callable[[int, str], str] = lambda step, why: "nowhere"
     warn: Callable[[str], None] = lambda text: None
     deadline: float | None = None  # of time.monotonic(): then the run saves and stops
+    watchdog: Watchdog | None = None
+    slow_ranks: SlowRanks | None = None
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
     guard: StepGuard = field(init=False)
@@ -82,6 +88,7 @@ class Trainer:
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
         self._statistics = _RunningStatistics(self.method)
         self._num_told = 0
+        self._own_seconds = 0.0  # of forward passes since the last logged step, where a rank mostly waits for nobody
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.compile:
             self.method.compile()
@@ -111,32 +118,38 @@ class Trainer:
         agreement = Agreement()
         with StopRequests(deadline=self.deadline) as requests:
             for step in range(start_step, stop_step):
+                done = step + 1
+                self._beat(done, DATA)
                 batch = self._next(batches, clock)
+                self._beat(done, STEP)
                 lr = self.lr(step)
                 self.set_lr(self.optimizer, lr)
-                pending.append((step + 1, self.step(batch, step)))
-                done = step + 1
+                pending.append((done, self.step(batch, step)))
                 last = done == stop_step
                 evaluating = self._evaluates_at(done)
                 verdict = None
                 if done % self.log_every_steps == 0 or last or done == start_step + 1 or evaluating:
+                    self._beat(done, GATHER)
                     metrics = self._collect(pending)
+                    self._name_slow_ranks(clock)
                     images = global_batch_size * len(pending)
                     metrics |= {"lr": lr, **clock.lap(images)}
                     pending.clear()
                     if evaluating:
-                        with self._part(OUTSIDE):
+                        with self._part(OUTSIDE), self._paused("evaluating"):
                             found, verdict = self._evaluate(done)
                         metrics |= found
                         clock.restart()
+                    self._beat(done, LOG)
                     self.log(done, metrics)
+                self._beat(done, STEP)
                 stop_code = agreement.reached(requests.code)
                 stopping = bool(stop_code) or verdict is not None
                 if done % self.checkpoint_every_steps == 0 or last or stopping:
                     self._check_weights(done)
                     saving = time.perf_counter()
-                    with self._part(OUTSIDE):
-                        self.save(done)
+                    with self._part(OUTSIDE), self._paused("saving"):
+                        self.save(done, last or stopping)
                     clock.start += time.perf_counter() - saving  # throughput is that of training
                 if verdict is not None:
                     raise verdict
@@ -156,6 +169,20 @@ class Trainer:
 
     def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
+
+    def _beat(self, step: int, phase: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(step, phase)
+
+    def _paused(self, phase: str) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.watchdog is None else self.watchdog.paused(phase)
+
+    def _name_slow_ranks(self, clock: _Clock) -> None:
+        if self.slow_ranks is not None:
+            own, self._own_seconds = self._own_seconds + clock.waited, 0.0
+            said = self.slow_ranks.note(own, clock.waited)
+            if said is not None:
+                self.warn(said)
 
     def _evaluates_at(self, done: int) -> bool:
         """At each multiple of `evaluate_every_steps` and at the end of the schedule, but not where a run is cut."""
@@ -244,8 +271,10 @@ class Trainer:
             views = self._prepare(part)
             with self._no_sync(unless=number == len(parts) - 1):
                 self._seed(step, number)
+                began = time.perf_counter()
                 with self._part("forward"), self._autocast():
                     outputs = self.parallel(views)
+                self._own_seconds += time.perf_counter() - began
                 with self._part("backward"):
                     self.scaler.scale(outputs["loss"] / len(parts)).backward()
             for name, value in outputs.items():

@@ -35,6 +35,7 @@ from ssl.profile_report import write_summary
 from ssl.profiling import Profile, StepProfiler, is_profiled
 from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
 from ssl.same_run import same_images, same_recipe
+from ssl.saving import Saver
 from ssl.schedules import make_schedule
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
@@ -241,41 +242,49 @@ def train(
     def on_evaluate(step: int) -> dict[str, float]:
         return evaluate_all(evaluations, subject(step), ended)
 
-    def on_save(step: int) -> None:
+    def write(run_dir: Path, step: int) -> None:
+        checkpoint.save(
+            run_dir,
+            step=step,
+            method=method,
+            spec=spec,
+            optimizer_tensors=state_to_tensors(optimizer),
+            ema=average.tensors if average is not None and average.ready(step) else None,
+            config_yaml=config_yaml,
+            state={
+                "epoch": step / steps_per_epoch,
+                "seed": config.seed,
+                "num_images": len(source),
+                "images": checksum(source),
+                "scaler": trainer.scaler.state_dict(),
+                "guard": trainer.guard.state(),
+                "metrics": latest,
+                "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
+                "world_size": distributed.world_size(),
+                "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
+                "ended": ended[0] if ended else None,
+                **(card or {}),
+            },
+            mean=mean,
+            std=std,
+        )
+
+    saver = Saver(
+        out,
+        write,
+        keep_last=settings.keep_last,
+        keep_every_steps=settings.keep_every_steps,
+        max_failed=settings.max_failed_saves,
+        fallback=settings.fallback,
+    )
+
+    def on_save(step: int, final: bool) -> None:
         if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == span or ended):
             shown = loader.sequential(batch_size=min(batch.device_batch_size, len(loader)))  # on every rank
             renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
-        distributed.barrier()
-        if main:
-            checkpoint.save(
-                out,
-                step=step,
-                method=method,
-                spec=spec,
-                optimizer_tensors=state_to_tensors(optimizer),
-                ema=average.tensors if average is not None and average.ready(step) else None,
-                config_yaml=config_yaml,
-                state={
-                    "epoch": step / steps_per_epoch,
-                    "seed": config.seed,
-                    "num_images": len(source),
-                    "images": checksum(source),
-                    "scaler": trainer.scaler.state_dict(),
-                    "guard": trainer.guard.state(),
-                    "metrics": latest,
-                    "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
-                    "world_size": distributed.world_size(),
-                    "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
-                    "ended": ended[0] if ended else None,
-                    **(card or {}),
-                },
-                mean=mean,
-                std=std,
-            )
-            checkpoint.prune(out, newest=step, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
-            if settings.pictures:
-                _show(tracker, step, method, augment, few, mean=mean, std=std)
-        distributed.barrier()  # nobody leaves, or says that it is saved, before it is
+        saver.save(step, final=final)
+        if main and settings.pictures:
+            _show(tracker, step, method, augment, few, mean=mean, std=std)
 
     def on_profile(profile: Profile) -> None:
         tracker.say(write_summary(profile, loader, out / "profile"))

@@ -229,7 +229,9 @@ def fit(trainer: Trainer, batch: Batch, steps: int) -> None:
 
 def test_weights_that_an_update_spoiled_are_not_saved():
     saved: list[int] = []
-    trainer = make_trainer(Coin(), save=saved.append, checkpoint_every_steps=1, log_every_steps=3)
+    trainer = make_trainer(
+        Coin(), save=lambda step, final: saved.append(step), checkpoint_every_steps=1, log_every_steps=3
+    )
     trainer.lr = lambda step: math.inf if step == 2 else 1.0
     with pytest.raises(NotFinite, match="weights are not finite after step 3"):
         fit(trainer, {"views": [torch.ones(4, 1)], "index": torch.arange(4)}, 3)
@@ -246,7 +248,7 @@ def test_a_signal_stops_after_the_step_and_saves_it():
 
     saved: list[int] = []
     handler = signal.getsignal(signal.SIGTERM)
-    trainer = make_trainer(Interrupts(), save=saved.append)
+    trainer = make_trainer(Interrupts(), save=lambda step, final: saved.append(step))
     with pytest.raises(Stopped, match="SIGTERM after step 3"):
         fit(trainer, {"views": [torch.ones(4, 1)], "index": torch.arange(4)}, 8)
     assert saved == [3]
