@@ -20,6 +20,7 @@ from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
 from ssl.config import check
+from ssl.sweeps import Outcome
 
 Score = Callable[[DictConfig, Judged], tuple[dict[str, float], dict[str, Any], str]]
 """From what is judged to (metrics, settings for the protocol, how it is called in the printed line).
@@ -126,7 +127,7 @@ def start(
     """
     register(schema)
 
-    def task(config: DictConfig) -> float | None:
+    def task(config: DictConfig) -> Outcome:
         if config.ckpt is None:
             print(USAGE.format(command=command), file=sys.stderr)
             raise SystemExit(2)
@@ -135,6 +136,6 @@ def start(
             distributed.start(config.device.name)
         result = run(config)
         distributed.stop()  # not after an error: the other ranks may wait in a collective for ever
-        return objective(result)
+        return Outcome(result["metrics"], result.get("path"), objective(result))
 
     run_command(task, config_name=command.removeprefix("eval."))

@@ -42,6 +42,7 @@ from ssl.run_lock import RunLock
 from ssl.sweeps import Outcome
 from ssl.trainer import choose_dtype, dtype_name
 from ssl.training import Images, train
+from ssl.watchdog import group_timeout
 
 
 @dataclass
@@ -76,7 +77,7 @@ def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone |
     check(config, FinetuneConfig)
     check_trainer(config.trainer)
     check_settings(config)
-    device = distributed.start(config.trainer.device.name)
+    device = distributed.start(config.trainer.device.name, timeout=group_timeout(config.trainer.hang_timeout))
     dtype = choose_dtype(config.trainer.precision.name, device)
 
     # ---- the backbone, the images and what of them is trained on ---------------------------------------------------

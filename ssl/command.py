@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,27 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import ssl.sweeps as sweeps
 from ssl.config import CONF, suggest
 from ssl.ranks import adopt_slurm
+from ssl.slurm_settings import check_submitted, register_resolvers
 from ssl.stopping import Stopped
+from ssl.sweeps import Outcome, Sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+USAGE_ERROR = 2
+"""Exit code of a command that was not told what to do, which no run of a sweep would be."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a command's task ended. `code` is what the process would exit with."""
+
+    code: int
+    outcome: Outcome | None = None
+    message: str | None = None
+    pass_on: Callable[[], None] = lambda: None
+    """Hands a signal on to who handled it before the run did; it may not return."""
 
 
 def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
@@ -34,40 +51,30 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
 
     ValueError and OSError end the command with their message and exit code 1, a signal with 128 and its number, a time
     limit with 124; HYDRA_FULL_ERROR=1 shows where they arose. In a sweep a failed run is reported and the next one
-    starts; a signal ends the sweep.
+    starts; a signal ends the sweep; its table is printed in any case. `task` may return an Outcome, for the table.
     """
     entered = False
-    failures: list[str] = []
 
-    def entry(config: DictConfig) -> Any:
+    def entry(config: DictConfig) -> float | None:
         nonlocal entered
         entered = True
         adopt_slurm()
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        try:
-            return task(config)
-        except Stopped as stopped:
-            _say(str(stopped))
-            stopped.pass_on()
-            raise SystemExit(stopped.exit_code) from None
-        except KeyboardInterrupt:
-            _say("interrupted; what was saved stays, and the same command continues from it")
-            raise SystemExit(130) from None
-        except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get(FULL_ERROR) == "1":
-                raise
-            if isinstance(error, RuntimeError):  # not the user's mistake, as far as we know: show where
-                traceback.print_exc()
-            _say(f"error: {error}")
-            if not sweeping:
-                raise SystemExit(1) from None
-            failures.append(" ".join(HydraConfig.get().overrides.task))
-            return None
+        sweep = sweeps.current()
+        if sweep is not None:
+            return _run_of_sweep(task, config, sweep)
+        ending = _attempt(task, config, catch=(ValueError, OSError, RuntimeError))
+        if ending.message:
+            _say(ending.message)
+        ending.pass_on()
+        if ending.code:
+            raise SystemExit(ending.code)
+        return None
 
+    register_resolvers()
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(entry)()
     except AssertionError:
-        if entered:
+        if entered or sweeps.is_on():
             raise
         words = ", ".join(argument for argument in sys.argv[1:] if "." in argument.split("=")[0])
         _say(f"{words} cannot be set here: its group is empty; choose one first, such as data=<name>")
@@ -80,20 +87,68 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
             if hint:
                 _say(hint)
         raise
-    if failures:
-        _say(f"{len(failures)} of the sweep's runs failed:\n  " + "\n  ".join(failures))
-        raise SystemExit(1)
+    finally:
+        code = sweeps.finish()
+    if code:
+        raise SystemExit(code)
+
+
+def _attempt(task: Callable[[DictConfig], Any], config: DictConfig, *, catch: tuple[type[Exception], ...]) -> Ending:
+    try:
+        check_submitted()
+        result = task(config)
+    except Stopped as stopped:
+        return Ending(stopped.exit_code, message=str(stopped), pass_on=stopped.pass_on)
+    except KeyboardInterrupt:
+        return Ending(130, message="interrupted; what was saved stays, and the same command continues from it")
+    except catch as error:
+        mistake = isinstance(error, ValueError | OSError)
+        if not mistake or os.environ.get(FULL_ERROR) == "1":  # not the user's, as far as we know: show where
+            traceback.print_exc()
+        return Ending(1, message=f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}")
+    return Ending(0, outcome=result if isinstance(result, Outcome) else Outcome({}))
+
+
+def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: Sweep) -> float | None:
+    """One run of a sweep, in whatever process the launcher has for it; returns its objective, None where it failed."""
+    if sweep.end_code and not sweep.on_cluster:
+        return None
+    if sweep.is_above:
+        sweeps.take_devices(sweep, at_once=HydraConfig.get().launcher.get("n_jobs", 1))
+    if "wandb" in config and config.wandb.group is None:
+        config.wandb.group = sweep.name
+    job = sweeps.open_job(sweep)
+    try:
+        with sweeps.sigterm_raises():
+            ending = _attempt(task, config, catch=(Exception,))
+    except SystemExit as end:  # the signal came where no run was training, or a launcher of ours says how it ended
+        code = end.code if isinstance(end.code, int) else 1
+        if code == USAGE_ERROR:
+            raise
+        ending = Ending(code)
+    job.tell(sweeps.state_of(ending.code), message=ending.message, outcome=ending.outcome)
+    if ending.message:
+        _say(ending.message)
+    if ending.outcome is not None:
+        return ending.outcome.objective
+    if sweeps.state_of(ending.code) == sweeps.STOPPED:
+        ending.pass_on()
+        if not sweep.on_cluster:  # else the job comes back, and the others are no concern of its
+            sweep.end(ending.code)
+        if not sweep.is_above:
+            raise SystemExit(ending.code)
+    return None
 
 
 def run_folder(default: Path, given: str | None) -> Path:
     """`given`, or the default, in a sweep with what the run overrides: no two runs of a sweep share a folder."""
-    if given is not None:
-        return Path(given).expanduser()
+    folder = default if given is None else Path(given).expanduser()
     hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return default
-    suffix = as_name(hydra_config.job.override_dirname)
-    return default.with_name(f"{default.name}_{suffix}") if suffix else default
+    if given is None and hydra_config.mode == RunMode.MULTIRUN:
+        suffix = as_name(hydra_config.job.override_dirname)
+        folder = default.with_name(f"{default.name}_{suffix}") if suffix else default
+    sweeps.note_folder(folder)
+    return folder
 
 
 def as_name(text: str) -> str:

@@ -29,6 +29,7 @@ from ssl.run_lock import RunLock
 from ssl.sweeps import Outcome
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
+from ssl.watchdog import group_timeout
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     check(config, PretrainConfig)
     settings = config.trainer
     check_trainer(settings)
-    device = distributed.start(settings.device.name)
+    device = distributed.start(settings.device.name, timeout=group_timeout(settings.hang_timeout))
     dtype = choose_dtype(settings.precision.name, device)
     _open_run_folder(out)
 
