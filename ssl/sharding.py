@@ -1,0 +1,221 @@
+"""`trainer.shard=full`: weights, gradients, optimizer state and averages cut over the ranks (FSDP).
+
+Each tensor is cut along its first dimension, a rank keeping one piece. A block's weights are gathered when the block
+runs and let go behind it, in the forward pass and again in the backward pass (Zhao et al. 2023, arXiv:2304.11277;
+torch.distributed.fsdp.fully_shard). They are gathered in fp32 and autocast as without sharding, so that losses are
+those of DistributedDataParallel at every precision.
+
+Everything here is the identity for a method that is not cut, so callers need not ask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import ssl.distributed as distributed
+from ssl.tensor_stream import LazyTensor, StoredTensor, whole
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # which have no forward of their own
+
+
+def blocks_of(method: nn.Module) -> list[nn.Module]:
+    """The layers that a method runs one after the other: its backbone's blocks, and repeated ones in its heads.
+
+    A backbone's are what timm's `group_matcher` tells apart, or else its children. None contains another.
+    """
+    backbone: nn.Module = method.backbone  # pyright: ignore[reportAssignmentType]
+    of_backbone = _matched_blocks(backbone) or _children(backbone)
+    inside = set(backbone.modules())
+    heads = [module for module in method.modules() if module not in inside]
+    return of_backbone + [block for module in heads if _repeats(module) for block in module.children()]
+
+
+def _matched_blocks(backbone: nn.Module) -> list[nn.Module]:
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        return []
+    given = matcher(coarse=False)["blocks"]
+    patterns = [re.compile(each if isinstance(each, str) else each[0]) for each in _as_list(given)]
+    patterns = [pattern for pattern in patterns if pattern.groups]  # others name single layers, not a row of them
+    found: dict[str, nn.Module] = {}
+    for name, module in backbone.named_modules():
+        is_whole_name = any(pattern.fullmatch(name) or pattern.fullmatch(f"{name}.") for pattern in patterns)
+        if is_whole_name and not any(name.startswith(f"{outer}.") for outer in found) and _is_block(module):
+            found[name] = module
+    return list(found.values())
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) and not isinstance(value, str) else [value]
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """The children of a module, those of a plain container in its place."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += _children(child) if isinstance(child, CONTAINERS) else [child] * _is_block(child)
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, CONTAINERS) and any(True for _ in module.parameters())
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether a module is a row of equal layers."""
+    layers = list(module.children())
+    is_row = isinstance(module, nn.Sequential | nn.ModuleList) and len(layers) > 1
+    return is_row and len({type(layer) for layer in layers}) == 1 and any(_is_block(layer) for layer in layers)
+
+
+def shard(method: nn.Module, device: torch.device) -> None:
+    """Cut the parameters of `method`, which is on `device`, over all ranks: call it after all that replaces layers.
+
+    Every rank must hold the same weights. Parameters are DTensors afterwards, also in the state dict; buffers stay
+    whole. Raises ValueError for parameters that are single numbers, which cannot be cut.
+    """
+    single = [name for name, parameter in method.named_parameters() if parameter.ndim == 0]
+    if single:
+        raise ValueError(
+            f"trainer.shard=full cannot cut parameters of one number, as {single[0]} is; "
+            "take another model=, or set trainer.shard=none"
+        )
+    for parameter in method.parameters():
+        parameter.data = parameter.data.contiguous()
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    for block in blocks_of(method):
+        fully_shard(block, mesh=mesh)
+    # torch takes what runs first for the root, and an evaluation may run a block before the method ever ran.
+    fully_shard(method, mesh=mesh)._get_fsdp_state()._lazy_init()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` was called on it."""
+    return isinstance(module, FSDPModule)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a tensor is cut over the ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a tensor, which shares its memory; a tensor that is not cut, itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def gathered_weights(method: nn.Module) -> Iterator[None]:
+    """Let each rank hold all weights while this is open, so that it can run `method` or its backbone alone, as often
+    as it likes: without gradients, and without the others. Every rank must open and close it.
+
+    Reading the state dict inside cuts the weights again.
+    """
+    parts = [module for module in method.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for number, part in enumerate(parts):
+            part.reshard()
+            part.set_reshard_after_forward(number > 0, recurse=False)  # the first is the method itself
+
+
+@torch.no_grad()
+def fill(destination: Tensor, source: Tensor | LazyTensor) -> None:
+    """Copy the whole tensor `source` into `destination`, or of a cut one this rank's rows; of a stored one no more is
+    read.
+    """
+    if not isinstance(destination, DTensor):
+        destination.copy_(whole(source))
+        return
+    piece = destination.to_local()
+    rows = -(-destination.shape[0] // destination.device_mesh.size())  # as torch.chunk cuts
+    start = min(distributed.rank() * rows, destination.shape[0])
+    stop = start + piece.shape[0]
+    piece.copy_(source.rows(start, stop) if isinstance(source, StoredTensor) else whole(source)[start:stop])
+
+
+@torch.no_grad()
+def exchange(first: Tensor, second: Tensor) -> None:
+    """Let two tensors of one kind swap their values, in place."""
+    first, second = local(first.detach()), local(second.detach())
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm of all gradients of all ranks together; where it is above `max_norm` they are scaled down to that."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = whole_norms(gradients).norm()
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole_norms(pieces: list[Tensor]) -> Tensor:
+    """The norms (N,) of N tensors of which each rank gives its pieces, in one exchange."""
+    own = torch.stack(torch._foreach_norm(pieces)).float()  # (N,)
+    return distributed.sum_over_ranks(own.square()).sqrt()
+
+
+class WholeTensor:
+    """A cut tensor as the first rank sees it: gathered when it is asked for."""
+
+    def __init__(self, number: int, tensor: DTensor) -> None:
+        self._number, self._tensor = number, tensor
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def whole(self) -> Tensor:
+        distributed.from_main(self._number)  # the others wait for it, in Gathering
+        return self._tensor.full_tensor()
+
+
+class Gathering:
+    """Lets the first rank read cut tensors as whole ones, in any order and as often as it likes, one at a time.
+
+        with Gathering() as gathering:
+            weights = gathering.of(method.state_dict())
+            if distributed.is_main():
+                ...  # reads some of them, or fails
+
+    The other ranks take part until the first one leaves the block, however it does.
+    """
+
+    def __init__(self) -> None:
+        self._cut: list[DTensor] = []
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | LazyTensor]:
+        """The same tensors, cut ones to be read whole. Every rank must call it with the same names."""
+        found: dict[str, Tensor | LazyTensor] = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                found[name] = WholeTensor(len(self._cut), tensor)
+                self._cut.append(tensor)
+            else:
+                found[name] = tensor
+        return found
+
+    def __enter__(self) -> Gathering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._cut:
+            return
+        if distributed.is_main():
+            distributed.from_main(None)
+            return
+        while (number := distributed.from_main(None)) is not None:
+            self._cut[number].full_tensor()
