@@ -37,8 +37,10 @@ from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_a
 from ssl.same_run import same_images, same_recipe
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
+from ssl.slow_ranks import SlowRanks
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
+from ssl.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -298,6 +300,7 @@ def train(
             global_batch_size=global_batch_size,
             report=on_profile,
         )
+    watchdog = Watchdog(settings.hang_timeout, out)
     trainer = Trainer(
         method,
         augment,
@@ -325,14 +328,17 @@ def train(
         max_bad_steps=settings.max_bad_steps,
         warn=log.warning if main else lambda text: None,
         deadline=deadline,
+        watchdog=watchdog,
+        slow_ranks=SlowRanks() if distributed.world_size() > 1 else None,
     )
     if guard_state is not None:
         trainer.guard.load(guard_state)
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
-    if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
-        show_start(evaluations, subject(0))
     try:
+        if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
+            with watchdog.paused("evaluating"):
+                show_start(evaluations, subject(0))
         with loader:
             batches = loader.batches(
                 start_step=start_step,
@@ -349,6 +355,7 @@ def train(
     finally:
         if profiler is not None:
             profiler.close()
+        watchdog.close()
         tracker.close()
     return latest
 
