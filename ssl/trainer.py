@@ -205,12 +205,8 @@ class Trainer:
         """One optimizer step on this rank's share, unless it is bad; returns its scalars, averaged over the accumulated
         parts, on the device. `skipped` is 1 for a step that moved nothing. Raises NotFinite after too many in a row.
         """
-        parts = _split(batch, self.accumulation)
         self._statistics.keep()
-        if self.method.couples_images and len(parts) > 1:
-            metrics = self._backward_coupled(parts, step)
-        else:
-            metrics = self._backward(parts, step)
+        metrics = self.backward(batch, step)
         with self._part("optimizer"):
             self.scaler.unscale_(self.optimizer)
             metrics["grad_norm"] = self._clip()
@@ -265,14 +261,21 @@ class Trainer:
             "lower optim.base_lr, a longer schedule.warmup_epochs, trainer.clip_grad_norm=1, or trainer.precision=fp32"
         )
 
+    def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Leave the gradients of this rank's share in the parameters, scaled by the loss scaler; return its scalars."""
+        parts = _split(batch, self.accumulation)
+        if self.method.couples_images and len(parts) > 1:
+            return self._backward_coupled(parts, step)
+        return self._backward(parts, step)
+
     def _backward(self, parts: list[Batch], step: int) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
-            views = self._prepare(part)
+            views = self.prepare(part)
             with self._no_sync(unless=number == len(parts) - 1):
-                self._seed(step, number)
+                self.seed_part(step, number)
                 began = time.perf_counter()
-                with self._part("forward"), self._autocast():
+                with self._part("forward"), self.autocast():
                     outputs = self.parallel(views)
                 self._own_seconds += time.perf_counter() - began
                 with self._part("backward"):
@@ -291,28 +294,29 @@ class Trainer:
         embeddings = []
         with torch.no_grad(), _running_statistics_kept(self.method):
             for number, part in enumerate(parts):
-                self._seed(step, number)
-                views = self._prepare(part)
-                with self._part("forward"), self._autocast():
+                self.seed_part(step, number)
+                views = self.prepare(part)
+                with self._part("forward"), self.autocast():
                     embeddings.append(self.method(views, embed_only=True))
         joined = torch.cat(embeddings).detach().requires_grad_()  # (B, V, Z)
-        with self._part("forward"), self._autocast():
+        with self._part("forward"), self.autocast():
             outputs = self.method.contrast(joined)  # pyright: ignore[reportCallIssue]
         with self._part("backward"):
             (gradient,) = torch.autograd.grad(self.scaler.scale(outputs["loss"]), joined)
         start = 0
         for number, part in enumerate(parts):
             with self._no_sync(unless=number == len(parts) - 1):
-                self._seed(step, number)
-                views = self._prepare(part)
-                with self._part("forward"), self._autocast():
+                self.seed_part(step, number)
+                views = self.prepare(part)
+                with self._part("forward"), self.autocast():
                     again = self.parallel(views, embed_only=True)
                 with self._part("backward"):
                     again.backward(gradient[start : start + len(again)].to(again.dtype))
                 start += len(again)
         return {name: value.detach().float() for name, value in outputs.items()}
 
-    def _prepare(self, part: Batch) -> Batch:
+    def prepare(self, part: Batch) -> Batch:
+        """A part on the device, with its views."""
         with self._part("copy to device"):
             moved = to_device(part, self.device)
         with self._part("augment"), torch.no_grad():
@@ -321,10 +325,12 @@ class Trainer:
                 views["views"] = [view.contiguous(memory_format=torch.channels_last) for view in views["views"]]
         return views
 
-    def _seed(self, step: int, part: int) -> None:
+    def seed_part(self, step: int, part: int) -> None:
+        """Set the random numbers of a part's dropout and drop path."""
         torch.manual_seed(step_seed(self.seed, step, distributed.rank(), part))
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The run's precision, for what is computed within."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _no_sync(self, *, unless: bool) -> contextlib.AbstractContextManager[Any]:
@@ -428,15 +434,16 @@ def _split(batch: Batch, count: int) -> list[Batch]:
         return [batch]
     size = len(batch["index"])
     assert size % count == 0, f"{size} images do not split into {count} equal parts"
-    return [_rows(batch, slice(start, start + size // count)) for start in range(0, size, size // count)]
+    return [rows_of(batch, slice(start, start + size // count)) for start in range(0, size, size // count)]
 
 
-def _rows(value: Any, rows: slice) -> Any:
+def rows_of(value: Any, rows: slice | Tensor) -> Any:
+    """Some rows of every tensor in a batch."""
     if isinstance(value, Tensor):
         return value[rows]
     if isinstance(value, dict):
-        return {key: _rows(each, rows) for key, each in value.items()}
-    return [_rows(each, rows) for each in value]
+        return {key: rows_of(each, rows) for key, each in value.items()}
+    return [rows_of(each, rows) for each in value]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
