@@ -3,7 +3,7 @@
 `runs/x/failed/.../step_00001234/` is a checkpoint with the weights as they were before the step, and in it
 
     batch.safetensors      the global batch: index, label, noise, crops.0, parameters.0.flip, ...
-    step.json              which step it was, what was wrong with it, how it was cut, and whose images they are
+    step.json              which step it was, what was wrong with it, what computed it, and whose images they are
 
 `python -m ssl.replay failed=<that folder>` reads it.
 """
@@ -35,11 +35,6 @@ class FailedStep:
     """What it was computed in: fp32, bf16 or fp16."""
     device: str
     """Its type, cpu or cuda."""
-    world_size: int
-    accumulation: int
-    """In how many parts each rank did its share of the batch."""
-    joint_statistics: bool
-    """Whether BatchNorm's statistics were those of all ranks (trainer.sync_batchnorm)."""
     images: list[str]
     """The global batch's images as their source describes them, in the batch's order."""
 
