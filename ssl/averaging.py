@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl.schedules import Schedule
+from ssl.sharding import exchange, is_cut, local
 
 
 class Average(Protocol):
@@ -68,30 +69,39 @@ class StochasticWeightAverage:
 
 @torch.no_grad()
 def _move(tensors: dict[str, Tensor], module: nn.Module, weight: float, unless: Tensor | None) -> None:
-    state = module.state_dict()
+    state = {name: local(tensor) for name, tensor in module.state_dict().items()}
+    own = {name: local(tensor) for name, tensor in tensors.items()}
     floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
     if unless is None:
-        torch._foreach_lerp_([tensors[name] for name in floats], [state[name] for name in floats], weight)
+        torch._foreach_lerp_([own[name] for name in floats], [state[name] for name in floats], weight)
     else:
         for name in floats:
-            tensors[name].lerp_(state[name], torch.where(unless, 0.0, weight).to(tensors[name].dtype))
+            own[name].lerp_(state[name], torch.where(unless, 0.0, weight).to(own[name].dtype))
     for name in state.keys() - set(floats):
-        tensors[name].copy_(state[name])
+        own[name].copy_(state[name])
 
 
 @contextlib.contextmanager
 def weights_of(module: nn.Module, tensors: dict[str, Tensor] | None) -> Iterator[None]:
-    """Let `module` compute with `tensors` in the place of its own weights and buffers; None changes nothing."""
+    """Let `module` compute with `tensors` in the place of its own weights and buffers; None changes nothing.
+
+    Meanwhile `tensors` holds what the module has, where both are cut over ranks.
+    """
     if tensors is None:
         yield
         return
     own = module.state_dict(keep_vars=True)
-    kept = {name: own[name].data for name in tensors}
+    cut = [name for name, tensor in tensors.items() if is_cut(tensor)]  # FSDP knows where its pieces lie
+    kept = {name: own[name].data for name in tensors.keys() - set(cut)}
     try:
-        for name, tensor in tensors.items():
-            own[name].data = tensor
+        for name in cut:
+            exchange(own[name], tensors[name])
+        for name in kept:
+            own[name].data = tensors[name]
         yield
     finally:
+        for name in cut:
+            exchange(own[name], tensors[name])
         for name, tensor in kept.items():
             own[name].data = tensor
 

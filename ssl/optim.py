@@ -9,9 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from ssl.models.backbones import is_token_model
+from ssl.sharding import fill, is_cut, local, whole_norms
+from ssl.tensor_stream import LazyTensor, whole
 
 ParameterGroup = dict[str, Any]
 
@@ -145,9 +149,52 @@ def make_optimizer(groups: Iterable[ParameterGroup], *, name: str, lr: float, **
         return torch.optim.AdamW(own, lr=lr, **options)
     if name == "sgd":
         return torch.optim.SGD(own, lr=lr, **options)
-    from timm.optim import Lars
+    kind = ShardedLars if any(is_cut(parameter) for group in own for parameter in group["params"]) else Lars
+    return kind([{**group, "always_adapt": group["adapt"]} for group in own], lr=lr, **options)
 
-    return Lars([{**group, "always_adapt": group["adapt"]} for group in own], lr=lr, **options)
+
+class ShardedLars(Lars):
+    """timm's Lars over parameters that are cut over the ranks: a trust ratio needs the norms of whole tensors."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Decay and scale each gradient, then let torch's SGD, which timm's does the same as, move this rank's pieces.
+
+        All norms take one exchange.
+        """
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        adapted = [p for group, params in groups if _adapts(group) for p in params]
+        pieces = [local(p.detach()) for p in adapted] + [local(p.grad) for p in adapted]
+        norms = dict(zip(adapted, whole_norms(pieces).view(2, -1).t())) if adapted else {}  # each (2,)
+        for group, params in groups:
+            gradients = [local(p.grad) for p in params]
+            if _adapts(group):
+                decay = group["weight_decay"]
+                torch._foreach_add_(gradients, [local(p.detach()) for p in params], alpha=decay)
+                torch._foreach_mul_(gradients, [_trust_ratio(norms[p][0], norms[p][1], group) for p in params])
+            self._move(group, params, gradients)
+
+    def _move(self, group: ParameterGroup, params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        buffers = [self.state[p].get("momentum_buffer") for p in params] if group["momentum"] else []
+        known = [None if buffer is None else local(buffer) for buffer in buffers]
+        settings = {name: group[name] for name in ("lr", "momentum", "dampening", "nesterov")}
+        moved = [local(p.detach()) for p in params]
+        sgd(moved, gradients, known, **settings, weight_decay=0.0, maximize=False)
+        for p, buffer, piece in zip(params, buffers, known):  # torch's function made those of the first step
+            if buffer is None and piece is not None:
+                self.state[p]["momentum_buffer"] = torch.empty_like(p, requires_grad=False)
+                local(self.state[p]["momentum_buffer"]).copy_(piece)
+
+
+def _adapts(group: ParameterGroup) -> bool:
+    return group["weight_decay"] != 0 or group["always_adapt"]
+
+
+def _trust_ratio(weight_norm: Tensor, gradient_norm: Tensor, group: ParameterGroup) -> Tensor:
+    """As timm's: 1 where either norm is 0."""
+    ratio = group["trust_coeff"] * weight_norm / (gradient_norm + weight_norm * group["weight_decay"] + group["eps"])
+    ratio = torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)
+    return (ratio / group["lr"]).clamp(max=1.0) if group["trust_clip"] else ratio
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -161,7 +208,10 @@ UNTOUCHED = "untouched"
 
 
 def state_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state keyed "<parameter name>/<state key>". The tensors may share memory with the live state."""
+    """The optimizer's state keyed "<parameter name>/<state key>", that of cut parameters cut like them.
+
+    The tensors may share memory with the live state.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter, _ in _named(optimizer):
         state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
@@ -172,9 +222,12 @@ def state_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state_to_tensors` gave. Raises ValueError that names what is missing, left over or misshapen."""
-    by_name: dict[str, dict[str, Tensor]] = {}
+def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+    """Put back what `state_to_tensors` gave, whole tensors here, of which cut parameters take their rows.
+
+    Raises ValueError that names what is missing, left over or misshapen.
+    """
+    by_name: dict[str, dict[str, Tensor | LazyTensor]] = {}
     for key, value in tensors.items():
         name, _, state_key = key.rpartition("/")
         by_name.setdefault(name, {})[state_key] = value
@@ -219,9 +272,11 @@ def _state_keys(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> set[
     return {"momentum_buffer"} if group["momentum"] else set()
 
 
-def _placed(key: str, value: Tensor, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:
+def _placed(key: str, value: Tensor | LazyTensor, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:
     """A copy where and as the optimizer keeps it."""
     if key == "step":  # the fused kernel counts on the device, the others on the CPU
-        return value.detach().clone().to(parameter.device if group.get("fused") else "cpu")
+        return whole(value).detach().clone().to(parameter.device if group.get("fused") else "cpu")
     # The fused kernels walk memory, so the state must be laid out as its parameter is (channels_last).
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    fill(placed, value)
+    return placed
