@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import timm
 import torch
 
 import ssl.distributed as distributed
-from eval import ROOT
 from eval.scan import import_faiss
+from ssl.version import commit
 
 LIST_OF_NUMBERS = re.compile(r"\[\n[-+\d.,eE\s]+\]")
 
@@ -78,18 +77,3 @@ def processor() -> str | None:
     except OSError:
         return platform.processor() or None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
-def commit() -> str | None:
-    """The commit of this repository, with `+changes` where files differ from it; None outside git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+changes" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -25,17 +25,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import ssl.distributed as distributed
+from ssl.checkpoint_card import CARD, FORMAT, read_config, read_state, statistics, verify
 from ssl.loaded import LoadedBackbone, is_foreign, load_export, load_foreign, load_model
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
 from ssl.models.image_size import at_image_size
-from ssl.tensor_files import load_strictly, load_tensors, match_keys, save_tensors, sha256, sync
+from ssl.sharding import fill, local
+from ssl.tensor_files import check_fit, load_strictly, load_tensors, save_tensors, sha256, sync
+from ssl.tensor_stream import LazyTensor, TensorFile, num_bytes
 from ssl.timm_folder import timm_config
+from ssl.version import changed_versions, versions
 
-FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
 LEFTOVERS = (".partial_step_*", ".removed_step_*")  # of a save, or of a removal, that was killed
 
@@ -53,10 +56,10 @@ def save(
     run_dir: Path,
     *,
     step: int,
-    method: nn.Module,
+    method: nn.Module | Mapping[str, Tensor | LazyTensor],
     spec: BackboneSpec,
-    optimizer_tensors: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
+    optimizer_tensors: Mapping[str, Tensor | LazyTensor],
+    ema: Mapping[str, Tensor | LazyTensor] | None,
     config_yaml: str,
     state: Mapping[str, Any],
     mean: list[float],
@@ -64,17 +67,19 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` whole or not at all; returns its folder. Earlier ones are not touched.
 
+    `method` may be given by its state dict. Tensors are read one at a time, while they are written.
+
     Raises OSError where it cannot, with what it needs and what is free, and NoRoom, before anything is written, where
     that is too little.
     """
     final = run_dir / "checkpoints" / folder_name(step)
     partial = final.with_name(f".partial_{final.name}")
-    backbone, rest = _split_backbone(method.state_dict())
-    num_bytes = bytes_on_disk(backbone, rest, optimizer_tensors, ema or {})
+    backbone, rest = _split_backbone(method.state_dict() if isinstance(method, nn.Module) else method)
+    needed = bytes_on_disk(backbone, rest, optimizer_tensors, ema or {})
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(run_dir)
-        if (free := _free_bytes(final.parent)) is not None and free < num_bytes:
+        if (free := _free_bytes(final.parent)) is not None and free < needed:
             raise NoRoom(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
         save_tensors(backbone, partial / "model.safetensors")
@@ -91,6 +96,7 @@ def save(
             "format": FORMAT,
             "step": step,
             **state,
+            "versions": versions(),
             "backbone": spec.to_dict(),
             "mean": mean,
             "std": std,
@@ -110,16 +116,16 @@ def save(
         free = _free_bytes(run_dir)
         text = (
             f"the checkpoint of step {step} could not be written to {final.parent}: {_reason(error)} "
-            f"({num_bytes / 2**20:,.1f} MiB needed, {'?' if free is None else f'{free / 2**20:,.1f}'} MiB free there)"
+            f"({needed / 2**20:,.1f} MiB needed, {'?' if free is None else f'{free / 2**20:,.1f}'} MiB free there)"
         )
         raise (NoRoom if isinstance(error, NoRoom) else OSError)(text) from error
     return final
 
 
-def bytes_on_disk(*tensors: Mapping[str, Tensor]) -> int:
+def bytes_on_disk(*tensors: Mapping[str, Tensor | LazyTensor]) -> int:
     """What a checkpoint of these tensors takes, with its small files, in bytes; some more than it will be."""
     every = [tensor for each in tensors for tensor in each.values()]
-    return sum(tensor.numel() * tensor.element_size() + 256 for tensor in every) + 2**16
+    return sum(num_bytes(tensor) + 256 for tensor in every) + 2**16
 
 
 def prune(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: int | None) -> None:
@@ -153,12 +159,23 @@ def make_room(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: i
 
 def steps_saved(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint in a run folder, oldest first."""
-    found = []
-    for folder in (run_dir / "checkpoints").glob("step_*"):
-        match = FOLDER.fullmatch(folder.name)
-        if match and folder.is_dir():
-            found.append((int(match.group(1)), folder))
-    return sorted(found)
+    return [(step, folder) for step, folder in _entries(run_dir) if folder.is_dir()]
+
+
+def _entries(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything that has a checkpoint's name, oldest first.
+
+    Raises ValueError where the folder is there and cannot be listed: no checkpoint is not the same as none in sight.
+    """
+    parent = run_dir / "checkpoints"
+    try:
+        names = os.listdir(parent)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"{parent} should hold the run's checkpoints, and cannot be read: {error.strerror}") from error
+    matches = [match for name in names if (match := FOLDER.fullmatch(name))]
+    return sorted((int(match.group(1)), parent / match.group()) for match in matches)
 
 
 def find(path: str | Path) -> Path:
@@ -185,28 +202,6 @@ def find(path: str | Path) -> Path:
     )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The card of a checkpoint. Raises ValueError where it is not one of ours or is damaged."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a whole checkpoint: state.json cannot be read ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        got = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{folder} has checkpoint format {got!r}; this version reads format {FORMAT}")
-    return state
-
-
-def verify(folder: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every file of the checkpoint has the content that was written."""
-    for name, digest in state["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        if sha256(path) != digest:
-            raise ValueError(f"{folder} is damaged: {name} is not what was written ({path.stat().st_size:,} bytes now)")
-
-
 def resume(
     run_dir: Path,
     *,
@@ -214,35 +209,75 @@ def resume(
     ema: dict[str, Tensor] | None,
     check: Callable[[Path], None],
     warn: Callable[[str], None],
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Load the newest whole checkpoint of a run into `method` and `ema`; returns its card and the optimizer's tensors.
+) -> tuple[dict[str, Any], TensorFile] | None:
+    """Load the newest whole checkpoint of a run into `method` and `ema`; returns its card and the optimizer's tensors,
+    which are read when they are asked for. Of what is cut over ranks each rank reads its own part.
 
-    A damaged one is skipped, named through `warn`, for the one before. None where the run has no checkpoint at all;
-    ValueError where it has some and none is whole: a run never starts again from step 0 in silence. `check` may refuse
-    a checkpoint's recipe.
+    Every rank calls it, and all take the same one. A damaged one is skipped, named through `warn`, for the one before.
+    None where the run has no checkpoint at all; ValueError where it has some and none is whole: a run never starts
+    again from step 0 in silence. `check` may refuse a checkpoint's recipe.
     """
-    saved = steps_saved(run_dir)
+    folder = _chosen(run_dir, warn)
+    if folder is None:
+        return None
+    state = read_state(folder)
+    if distributed.is_main() and (changed := changed_versions(state.get("versions") or {}, versions())):
+        warn(f"{folder} was written by another version, and numbers may differ from here on: {changed}")
+    check(folder)
+    backbone = TensorFile(folder / "model.safetensors")
+    rest = TensorFile(folder / "method.safetensors")
+    load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
+    if ema is not None and "ema.safetensors" in state["sha256"]:
+        averages = TensorFile(folder / "ema.safetensors")
+        check_fit(ema, averages, folder)
+        for name, tensor in averages.items():
+            fill(ema[name], tensor)
+    elif ema is not None:  # the run kept none until now: the average starts here
+        for name, tensor in method.state_dict().items():
+            local(ema[name]).copy_(local(tensor))
+    return state, TensorFile(folder / "optimizer.safetensors")
+
+
+def _chosen(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, the same on every rank: the first one looks and tells the others."""
+    name, refusal = None, None
+    if distributed.is_main():
+        try:
+            found = _newest_whole(run_dir, warn)
+            name = None if found is None else found.name
+        except ValueError as error:
+            refusal = str(error)
+    name, refusal = distributed.from_main((name, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    folder = None if name is None else run_dir / "checkpoints" / name
+    agrees = folder.is_dir() if folder is not None else not (run_dir / "checkpoints").is_dir() or not _entries(run_dir)
+    others = [rank for rank, fine in enumerate(distributed.from_every(agrees)) if not fine]
+    if others:
+        raise ValueError(
+            f"out={run_dir} must be one folder that all ranks share: rank 0 finds {name or 'no checkpoint'} there, and "
+            f"rank {', '.join(map(str, others))} finds something else"
+        )
+    return folder
+
+
+def _newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     problems = []
-    for _, folder in reversed(saved):
+    for step, folder in reversed(_entries(run_dir)):
         try:
             state = read_state(folder)
             verify(folder, state)
+            if state["step"] != step:
+                raise ValueError(f"{folder} is damaged: its card says step {state['step']}")
         except ValueError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise ValueError(
+                    f"{error}; make it readable for this user, or move it elsewhere to go on from the one before"
+                ) from error
             problems.append(str(error))
             warn(f"skipping a checkpoint: {error}")
             continue
-        check(folder)
-        backbone = load_tensors(folder / "model.safetensors")
-        rest = load_tensors(folder / "method.safetensors")
-        load_strictly(method, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}, folder)
-        if ema is not None:
-            averages = method.state_dict()  # where the run kept none until now, the average starts here
-            if (folder / "ema.safetensors").exists():
-                averages = load_tensors(folder / "ema.safetensors")
-            match_keys(ema.keys(), averages, folder)
-            for name, tensor in averages.items():
-                ema[name].copy_(tensor)
-        return state, load_tensors(folder / "optimizer.safetensors")
+        return folder
     if problems:
         raise ValueError(
             f"{run_dir} has checkpoints, and none is whole:\n  "
@@ -311,24 +346,23 @@ def export(loaded: LoadedBackbone, out: Path) -> Path:
 def _load_checkpoint(folder: Path) -> LoadedBackbone:
     state = read_state(folder)
     verify(folder, state)
-    weights = "ema" if (folder / "ema.safetensors").exists() else "model"
+    weights = "ema" if "ema.safetensors" in state["sha256"] else "model"
     if weights == "ema":
         tensors, _ = _split_backbone(load_tensors(folder / "ema.safetensors"))
     else:
         tensors = load_tensors(folder / "model.safetensors")
     spec = BackboneSpec.from_dict(state["backbone"])
+    mean, std = statistics((state.get("mean"), state.get("std")), channels=spec.in_chans, where=folder / CARD)
     model, classifier = load_model(spec, tensors, state.get("classifier"), folder)
-    config = OmegaConf.to_container(OmegaConf.create((folder / "run.yaml").read_text()))
-    assert isinstance(config, dict)
     return LoadedBackbone(
         model=model,
         spec=spec,
-        config={str(key): value for key, value in config.items()},
+        config=read_config(folder),
         step=state["step"],
         hash=state["sha256"][f"{weights}.safetensors"],
         path=folder,
-        mean=state["mean"],
-        std=state["std"],
+        mean=mean,
+        std=std,
         run_dir=folder.parent.parent,
         weights=weights,
         classifier=classifier,
@@ -385,7 +419,7 @@ def _reason(error: OSError | SafetensorError) -> str:
     return os.strerror(number) + advice.get(number, "")
 
 
-def _split_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method's tensors as (the backbone's under timm's keys, all others)."""
     prefix = "backbone."
     backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

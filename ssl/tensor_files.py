@@ -6,21 +6,21 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl.sharding import fill
+from ssl.tensor_stream import LazyTensor, write_tensors
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of any device and layout to a safetensors file."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+
+def save_tensors(tensors: Mapping[str, Tensor | LazyTensor], path: Path) -> None:
+    """Write tensors of any device and layout to a safetensors file, as readable as its folder is."""
+    write_tensors(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -32,10 +32,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(
-    module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, *, advice: str | None = None
+    module: nn.Module, tensors: Mapping[str, Tensor | LazyTensor], where: str | Path, *, advice: str | None = None
 ) -> None:
-    """Load into `module` what `where` holds. Raises ValueError, with `advice`, where a name or a shape does not fit."""
+    """Load into `module`, which may be cut over ranks, what `where` holds.
+
+    Raises ValueError, with `advice`, where a name or a shape does not fit.
+    """
     own = module.state_dict()
+    check_fit(own, tensors, where, advice=advice)
+    for name, tensor in tensors.items():
+        fill(own[name], tensor)
+
+
+def check_fit(
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    where: str | Path,
+    *,
+    advice: str | None = None,
+) -> None:
+    """Raise ValueError, with `advice`, where names or shapes of what `where` holds are not those of `own`."""
     match_keys(own.keys(), tensors, where, advice=advice)
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
@@ -43,12 +59,9 @@ def load_strictly(
                 f"{where} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model"
                 + (f"; {advice}" if advice else "")
             )
-    module.load_state_dict(dict(tensors), strict=True)
 
 
-def match_keys(
-    own: Iterable[str], given: Mapping[str, Tensor], where: str | Path, *, advice: str | None = None
-) -> None:
+def match_keys(own: Iterable[str], given: Mapping[str, Any], where: str | Path, *, advice: str | None = None) -> None:
     """Raise ValueError, with names, where tensors are missing from `given` or left over."""
     missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or extra:
