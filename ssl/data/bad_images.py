@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ssl.randomness import step_seed
@@ -26,10 +27,16 @@ class BadList:
 
     The replacement is a pure function of (seed, index, attempt), so it is the same for any number of threads and
     ranks and after a resume.
+
+    `messages` has the path and the reason of all that are known, also to threads that work ahead of the batches.
+    `counted` has those that the batches handed out so far did without: a function of the step, not of the threads'
+    speed. With what other ranks found, and earlier starts (`news`, `learn`), it is the whole run's.
     """
 
     def __init__(self, source: Source, *, seed: int, max_fraction: float):
         self.messages: dict[int, str] = {}
+        self.counted: dict[int, str] = {}
+        self._news: dict[int, str] = {}
         self._source = source
         self._seed = seed
         self._max_fraction = max_fraction
@@ -38,13 +45,14 @@ class BadList:
     def candidate(self, index: int, attempt: int) -> int:
         """The image to show for `index` after `attempt` failures. Raises BadImages when a thousand have failed."""
         if attempt >= NUM_ATTEMPTS:
-            raise self._too_many()
+            raise self._too_many(self.messages)
         return index if attempt == 0 else step_seed(self._seed, index, attempt) % len(self._source)
 
-    def replacement(self, index: int) -> int:
-        """The image to show for `index`, given the images known to be bad."""
+    def replacement(self, index: int, missed: set[int]) -> int:
+        """The image to show for `index`, given the images known to be bad; those passed over are added to `missed`."""
         attempt = 0
         while (shown := self.candidate(index, attempt)) in self.messages:
+            missed.add(shown)
             attempt += 1
         return shown
 
@@ -55,15 +63,39 @@ class BadList:
                 return
             self.messages[index] = f"{self._source.describe(index)}: {error}"
             log.warning("cannot decode %s; another image takes its place", self.messages[index])
-            if len(self.messages) > self._max_fraction * len(self._source):
-                raise self._too_many()
+            self._check(self.messages)
 
-    def _too_many(self) -> BadImages:
-        listed = [f"  {message}" for message in list(self.messages.values())[:NUM_LISTED]]
-        if len(self.messages) > NUM_LISTED:
-            listed.append(f"  ... and {len(self.messages) - NUM_LISTED} more")
+    def count(self, indices: Iterable[int]) -> None:
+        """Note the bad images that a batch which is handed out did without."""
+        for index in indices:
+            if index not in self.counted:
+                self.counted[index] = self._news[index] = self.messages[index]
+
+    def news(self) -> dict[int, str]:
+        """What was counted here since the last call."""
+        news, self._news = self._news, {}
+        return news
+
+    def learn(self, messages: Mapping[int, str]) -> None:
+        """Count what other ranks have, or an earlier start of the run; it is not read again.
+
+        Raises BadImages when there are too many, on all ranks alike if all learn the same.
+        """
+        with self._lock:
+            self.messages |= messages
+        self.counted |= messages
+        self._check(self.counted)
+
+    def _check(self, messages: Mapping[int, str]) -> None:
+        if len(messages) > self._max_fraction * len(self._source):
+            raise self._too_many(messages)
+
+    def _too_many(self, messages: Mapping[int, str]) -> BadImages:
+        listed = [f"  {message}" for message in list(messages.values())[:NUM_LISTED]]
+        if len(messages) > NUM_LISTED:
+            listed.append(f"  ... and {len(messages) - NUM_LISTED} more")
         return BadImages(
-            f"{len(self.messages)} of {len(self._source)} images of {self._source.name} could not be decoded, more "
+            f"{len(messages)} of {len(self._source)} images of {self._source.name} could not be decoded, more "
             f"than data.max_bad_fraction={self._max_fraction:g} allows; mend or remove these files, or raise "
             "data.max_bad_fraction:\n" + "\n".join(listed)
         )

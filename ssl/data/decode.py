@@ -12,7 +12,7 @@ import io
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 MAX_PIXELS = 89_478_485
@@ -179,6 +179,8 @@ def _open(data: bytes) -> Image.Image:
         raise DecodeError("the file is empty")
     try:
         return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # which tells where the bytes lie in memory
+        raise DecodeError(f"no image that can be read: it begins with {bytes(data[:16])!r}") from error
     except Exception as error:  # as above; includes Pillow's own error for decompression bombs
         raise DecodeError(f"no image that can be read: it begins with {bytes(data[:16])!r} ({error})") from error
 

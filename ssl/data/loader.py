@@ -6,6 +6,7 @@ speed of reads and a resume do not enter. How the images are stored only does wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +102,8 @@ class Loader:
         self.groups = groups_of(source)
         limit_gib = in_memory_gib if self.groups is None else 0.0
         self.memory = hold(source, channels=channels, limit_gib=limit_gib, num_threads=self.threads, bad=self.bad_list)
+        if self.memory is not None:  # all of them were looked at
+            self.bad_list.count(self.bad_list.messages)
         self.image_shape = self._image_shape()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -188,9 +191,18 @@ class Loader:
         self.close()
 
     def _start(self, jobs: Iterable[_BatchJob]) -> Iterator[Batch]:
-        iterator = run_ahead(jobs, num_threads=self.threads, ahead=self.prefetch)
+        iterator = self._run_ahead(jobs)
         self._open.add(iterator)
         return iterator
+
+    def _run_ahead(self, jobs: Iterable[_BatchJob]) -> Iterator[Batch]:
+        with contextlib.closing(run_ahead(jobs, num_threads=self.threads, ahead=self.prefetch)) as made:
+            yield from map(self._hand_out, made)  # which holds none of them
+
+    def _hand_out(self, made: tuple[Batch, list[int]]) -> Batch:
+        batch, missed = made
+        self.bad_list.count(missed)
+        return batch
 
     def _job(self, index: np.ndarray, epoch: int) -> _BatchJob:
         make = _HeldBatch if self.memory is not None else _DecodedBatch
@@ -227,7 +239,7 @@ class Loader:
         assert self.groups is not None
         with self.groups.stream.reading(self.groups, steps) as reading:
             jobs = (_StreamedBatch(self, step, reading) for step in reading)
-            yield from run_ahead(jobs, num_threads=self.threads, ahead=self.prefetch)
+            yield from self._run_ahead(jobs)
 
     def _image_shape(self) -> tuple[int, int, int] | None:
         if self.memory is not None:
@@ -247,6 +259,7 @@ class _BatchJob:
         self.loader = loader
         self.index = index
         self.shown = index.copy()  # the image whose pixels a slot has: another one where the slot's own is bad
+        self.missed: set[int] = set()  # the bad images that were passed over
         self.epoch = epoch
         smallest, largest = self.chunk_limits
         self.chunks: Sequence[tuple[int, int]] = chunk_bounds(
@@ -259,8 +272,8 @@ class _BatchJob:
     def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
         raise NotImplementedError
 
-    def finish(self) -> Batch:
-        """The batch as a dict of tensors."""
+    def finish(self) -> tuple[Batch, list[int]]:
+        """The batch as a dict of tensors, and the bad images that it does without."""
         loader = self.loader
         chunks = [self.parameters[start] for start, _ in self.chunks]
         parameters = [
@@ -275,7 +288,7 @@ class _BatchJob:
             "parameters": parameters,
             "noise": self._tensor(noise),
         }
-        return batch if loader.transform is None else loader.transform(batch)
+        return batch if loader.transform is None else loader.transform(batch), sorted(self.missed)
 
     def sample(self, index: np.ndarray, sizes: np.ndarray) -> list[Parameters]:
         """Every view's parameters for images of these (height, width)."""
@@ -313,7 +326,8 @@ class _HeldBatch(_BatchJob):
         assert loader.memory is not None
         self.memory: MemoryImages = loader.memory
         if loader.bad:
-            self.shown = np.array([loader.bad_list.replacement(place) for place in index.tolist()], np.int64)
+            shown = [loader.bad_list.replacement(place, self.missed) for place in index.tolist()]
+            self.shown = np.array(shown, np.int64)
 
     def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
         shown = self.shown[start:stop]
@@ -376,6 +390,7 @@ class _DecodedBatch(_BatchJob):
                     return _Opened(index, attempt, *self.loader.reader.open(index))
                 except UNREADABLE as error:
                     bad.add(index, error)
+            self.missed.add(index)
             attempt += 1
 
     def _decode(self, slot: int, opened: _Opened) -> tuple[_Opened, np.ndarray]:
@@ -384,6 +399,7 @@ class _DecodedBatch(_BatchJob):
                 return opened, self.loader.reader.decode(opened.index, opened.data, opened.size)
             except UNREADABLE as error:
                 self.loader.bad_list.add(opened.index, error)
+                self.missed.add(opened.index)
                 opened = self._read(slot, attempt=opened.attempt + 1)
 
     def _sample_again(self, slot: int, number: int, parameters: list[Parameters], size: tuple[int, int]) -> None:
@@ -408,7 +424,7 @@ class _StreamedBatch(_DecodedBatch):
         if self.reading.wait(self.index[start:stop], should_stop):
             super().work(start, stop, should_stop)
 
-    def finish(self) -> Batch:
+    def finish(self) -> tuple[Batch, list[int]]:
         self.reading.done(self.step)
         return super().finish()
 
