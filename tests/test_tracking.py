@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +17,6 @@ from ssl.tracking import Progress, Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = np.zeros((4, 6, 3), dtype=np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def no_account(tmp_path, monkeypatch):
-    """No key, no mode and no network settings of the person who runs the tests."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "wandb"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -136,69 +125,79 @@ tracker.close()
     assert "a sentence" in shown
 
 
-def test_without_a_key_wandb_is_offline_in_the_run_folder_and_keeps_its_id(tmp_path):
-    for start in (0, 10):
-        tracker = Tracker(tmp_path, config={"seed": 0}, wandb_name="a", total_steps=20, resume_step=start)
-        assert tracker._wandb.mode == "offline"
-        assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
-        tracker.log(start + 10, {"loss": 0.5})
-        tracker.images(start + 10, "views", PICTURE)
-        assert tracker._wandb.run is not None
-        assert tracker._wandb.run.id == (tmp_path / "wandb_id").read_text().strip()
-        tracker.close()
-    import wandb
-
-    wandb.teardown()  # as at the end of a process: until then the service may still hold rows in memory
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len({path.name for path in files}) == 1
-    assert all(b"loss" in path.read_bytes() for path in files)
-    assert [row["step"] for row in lines(tmp_path)] == [10, 20]
-    assert "WANDB_DATA_DIR" not in os.environ
-    assert not list((tmp_path / "home").rglob("artifacts"))
-
-
-def test_wandb_mode_of_the_environment_is_followed_and_the_setting_beats_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracker = Tracker(tmp_path / "a", total_steps=1)
+def test_lines_wait_in_memory_while_the_disk_is_full_and_are_written_in_order_when_there_is_room(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tracker = disabled(tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    os.rename(path, tmp_path / "kept")
+    path.symlink_to("/dev/full")
+    for step in (2, 3):
+        tracker.log(step, {"loss": 1.0})
+    path.unlink()
+    os.rename(tmp_path / "kept", path)
+    assert [row["step"] for row in lines(tmp_path)] == [1]
+    tracker.log(4, {"loss": 1.0})
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
     tracker.close()
-    assert not (tmp_path / "a" / "wandb").exists()
-    tracker = Tracker(tmp_path / "b", wandb_mode="offline", total_steps=1)
+    assert ["No space left" in message for message in caplog.messages] == [True, False]
+    assert caplog.messages[1].endswith("is written again, and complete")
+
+
+def test_a_line_that_was_written_in_part_goes_on_where_it_broke_off(tmp_path):
+    tracker = disabled(tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, limits[1]))
+    try:
+        for step in (2, 3):
+            tracker.log(step, {"loss": 0.5})
+        assert (tmp_path / "metrics.jsonl").read_text().endswith('\n{"step": ')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     tracker.close()
-    assert (tmp_path / "b" / "wandb").exists()
-
-
-def test_online_without_a_key_goes_offline_with_a_warning_and_no_prompt(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        tracker = Tracker(tmp_path, wandb_mode="online", total_steps=1)
-    assert tracker._wandb.mode == "offline"
-    assert "no API key" in caplog.text
-    tracker.close()
-
-
-def test_a_key_without_a_network_goes_offline_with_one_warning(tmp_path):
-    script = f"""
-from ssl import tracking
-tracking.INIT_SECONDS = 1
-tracker = tracking.Tracker({str(tmp_path)!r}, total_steps=1)
-tracker.log(1, {{"loss": 1.0}})
-print(tracker._wandb.mode, tracker._wandb.run is not None)
-tracker.close()
-"""
-    environment = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=True)
-    assert done.stdout.splitlines()[-1] == "offline True"
-    assert [line for line in done.stderr.splitlines() if "wandb" in line] == done.stderr.splitlines()
-    assert done.stderr.count("going on offline") == 1
-    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
-
-
-def test_a_failing_wandb_is_left_with_one_warning_and_the_run_goes_on(tmp_path, caplog):
-    tracker = Tracker(tmp_path, wandb_mode="offline", total_steps=3)
-    tracker._wandb.run.finish()  # as when its service has died: later calls raise
-    with caplog.at_level(logging.WARNING):
-        for step in (1, 2, 3):
-            tracker.log(step, {"loss": 1.0})
-        tracker.close()
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
-    assert sum("goes on without it" in message for message in caplog.messages) == 1
+
+
+def test_lines_that_were_never_written_are_told_at_the_end(tmp_path, caplog):
+    tracker = disabled(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    tracker.log(1, {"loss": 1.0})
+    tracker.log(7, {"loss": 0.25})
+    tracker.close()
+    assert "2 lines up to step 7 were never written" in caplog.messages[-1]
+    assert '{"step": 7, "loss": 0.25}' in caplog.messages[-1]
+
+
+def test_dropping_later_lines_needs_no_room_on_the_disk(tmp_path):
+    disabled(tmp_path).log(1, {})
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        disabled(tmp_path, resume_step=9).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [row["step"] for row in lines(tmp_path)] == list(range(10))
+
+
+def test_pictures_that_cannot_be_written_cost_one_warning(tmp_path, caplog):
+    tracker = disabled(tmp_path)
+    (tmp_path / "pictures").write_text("a file where the folder should be")
+    for step in (1, 2, 3):
+        tracker.images(step, "views", PICTURE)
+    tracker.close()
+    assert len(caplog.messages) == 1
+    assert "views_00000001.png cannot be written" in caplog.text
+
+
+def test_a_run_goes_on_whose_output_goes_to_a_full_disk(tmp_path, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        tracker = disabled(tmp_path)
+        for step in (1, 50):
+            tracker.log(step, {"loss": 1.0})
+        tracker.say("hello")
+        tracker.close()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what is left in it can be written now
+    assert [row["step"] for row in lines(tmp_path)] == [1, 50]
