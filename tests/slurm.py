@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "setpriv")
-NODES = ("n1", "n2", "n3")
+CPUS = {"n1": 16, "n2": 16, "n3": 2}
+"""Of each node, as Slurm counts them: jobs may share the real ones."""
+NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:8"
 CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -48,6 +50,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 KillWait=10
 PreemptType=preempt/partition_prio
@@ -89,19 +92,19 @@ class Slurm:
             raise
 
     def _configure(self, grace: int) -> None:
-        for name in ("munge", "state", *(f"spool.{node}" for node in NODES)):
+        for name in ("munge", "state", *(f"spool.{node}" for node in CPUS)):
             (self.folder / name).mkdir(mode=0o755)
         self.folder.chmod(0o755)
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        controller, *ports = free_ports(1 + len(NODES))
-        nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={2 if name == 'n3' else 16}"
-            for name, port in zip(NODES, ports)
-        )
+        controller, *ports = free_ports(1 + len(CPUS))
+        nodes = "\n".join(NODE.format(name=name, port=port, cpus=CPUS[name]) for name, port in zip(CPUS, ports))
         conf = CONF.format(folder=self.folder, controller=controller, nodes=nodes, user=getpass.getuser(), grace=grace)
         (self.folder / "slurm.conf").write_text(conf)
+        for number in range(8):  # GPUs that a job can ask for; nothing can be computed on them
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-3] Name=gpu File={self.folder}/gpu[0-7]\n")
 
     def _start(self) -> None:
         munge = self.folder / "munge"
@@ -109,7 +112,7 @@ class Slurm:
         self._daemon("munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
         wait_for(lambda: (munge / "socket").exists(), "munged's socket", seconds=10)
         self._daemon("slurmctld", "-D")
-        for node in NODES:
+        for node in CPUS:
             self._daemon("slurmd", "-D", "-N", node)
         wait_for(self._idle, "three idle nodes", seconds=30, explain=self.logs)
 
@@ -127,7 +130,7 @@ class Slurm:
 
     def _idle(self) -> bool:
         shown = self._run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False)
-        return {tuple(line.split()) for line in shown.splitlines()} == {(node, "idle") for node in NODES}
+        return {tuple(line.split()) for line in shown.splitlines()} == {(node, "idle") for node in CPUS}
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""
