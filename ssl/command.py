@@ -23,11 +23,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import ssl.distributed as distributed
 import ssl.sweeps as sweeps
 from ssl.config import CONF, suggest
+from ssl.plugin_defaults import register_plugin_defaults
 from ssl.ranks import adopt_slurm
 from ssl.slurm_settings import check_submitted, register_resolvers
-from ssl.stopping import Stopped
+from ssl.stopping import LOST_CONTACT, Stopped
 from ssl.sweeps import Outcome, Sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -71,6 +73,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
         return None
 
     register_resolvers()
+    register_plugin_defaults()
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(entry)()
     except AssertionError:
@@ -102,10 +105,13 @@ def _attempt(task: Callable[[DictConfig], Any], config: DictConfig, *, catch: tu
     except KeyboardInterrupt:
         return Ending(130, message="interrupted; what was saved stays, and the same command continues from it")
     except catch as error:
+        if distributed.is_lost_contact(error):
+            return Ending(LOST_CONTACT, message=f"error: the other ranks are lost: {error}")
         mistake = isinstance(error, ValueError | OSError)
         if not mistake or os.environ.get(FULL_ERROR) == "1":  # not the user's, as far as we know: show where
             traceback.print_exc()
-        return Ending(1, message=f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}")
+        code = getattr(error, "exit_code", 1)
+        return Ending(code, message=f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}")
     return Ending(0, outcome=result if isinstance(result, Outcome) else Outcome({}))
 
 
