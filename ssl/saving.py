@@ -63,7 +63,7 @@ class Saver:
         Where it was not, the run goes on to its next checkpoint. After `max_failed` failures in a row, and at once
         where `final` says that there will be no next one, `step` is saved in the fallback folder and CannotSave raised.
         """
-        problem = self._attempt(self.out, step)
+        problem = self.attempt(self.out, step)
         if problem is None:
             self.failed = 0
             if distributed.is_main():
@@ -81,8 +81,8 @@ class Saver:
             )
         return False
 
-    def _attempt(self, run_dir: Path, step: int) -> str | None:
-        """Why `step` could not be written to `run_dir`, None where it was; the same on every rank."""
+    def attempt(self, run_dir: Path, step: int) -> str | None:
+        """Write `step` to `run_dir`, once; why that was not possible, None where it was. The same on every rank."""
         problem = self._write(run_dir, step)
         if isinstance(problem, checkpoint.NoRoom) and run_dir == self.out and self._made_room(step):
             problem = self._write(run_dir, step)
@@ -115,7 +115,7 @@ class Saver:
         refused = None
         if distributed.is_main():
             refused = _open(elsewhere)
-        refused = distributed.from_main(refused) or self._attempt(elsewhere, step)
+        refused = distributed.from_main(refused) or self.attempt(elsewhere, step)
         host = distributed.from_main(socket.gethostname())
         if refused is not None:
             text = f"{problem}. Nor could it be saved elsewhere (trainer.fallback): {refused}. Nothing of it is saved. "

@@ -20,12 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import ssl.distributed as distributed
-from ssl.averaging import Average, weights_of
+from ssl.averaging import Average, running_statistics_kept, weights_of
 from ssl.guard import StepGuard
 from ssl.methods.base import Batch, Method
 from ssl.online import StopRun
 from ssl.profiling import OUTSIDE, StepProfiler
 from ssl.randomness import step_seed
+from ssl.sharding import clip_grad_norm, is_sharded, local
 from ssl.slow_ranks import SlowRanks
 from ssl.stopping import Agreement, StopRequests
 from ssl.watchdog import DATA, GATHER, LOG, STEP, Watchdog
@@ -93,7 +94,7 @@ class Trainer:
         if self.compile:
             self.method.compile()
         self.parallel = self.method
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not is_sharded(self.method):
             # Running statistics stay each rank's own: the step needs none of them, and synchronised BatchNorm makes
             # them equal. torch renamed the switch in 2.15.
             names = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -228,6 +229,8 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """The norm of all gradients together, before they are clipped."""
+        if is_sharded(self.method):
+            return clip_grad_norm(self.method.parameters(), self.clip_grad_norm)
         if self.clip_grad_norm is not None:
             return nn.utils.clip_grad_norm_(self.method.parameters(), self.clip_grad_norm)
         gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
@@ -257,8 +260,9 @@ class Trainer:
         kept = self.save_failed(seen.first, seen.why())
         raise NotFinite(
             f"{seen.in_a_row} steps in a row were skipped, more than trainer.max_bad_steps={self.max_bad_steps}: "
-            f"{seen.why()}. Last good checkpoint: {self.last_saved()}; the first bad step is kept in {kept}. Try a "
-            "lower optim.base_lr, a longer schedule.warmup_epochs, trainer.clip_grad_norm=1, or trainer.precision=fp32"
+            f"{seen.why()}. Last good checkpoint: {self.last_saved()}. The first of them is kept in {kept}: "
+            "python -m ssl.replay failed=<that folder> looks at it. Try a lower optim.base_lr, a longer "
+            "schedule.warmup_epochs, trainer.clip_grad_norm=1, or trainer.precision=fp32"
         )
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -292,7 +296,7 @@ class Trainer:
         embed each part again with a graph, under the same random numbers, and send its share of that gradient back.
         """
         embeddings = []
-        with torch.no_grad(), _running_statistics_kept(self.method):
+        with torch.no_grad(), running_statistics_kept(self.method):
             for number, part in enumerate(parts):
                 self.seed_part(step, number)
                 views = self.prepare(part)
@@ -331,7 +335,9 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's precision, for what is computed within."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        enabled = self.dtype != torch.float32
+        # Its cache of weights in lower precision would hold those of all blocks, which sharding lets go one by one.
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not is_sharded(self.method))
 
     def _no_sync(self, *, unless: bool) -> contextlib.AbstractContextManager[Any]:
         if unless or not isinstance(self.parallel, DistributedDataParallel):
@@ -357,7 +363,10 @@ class Trainer:
 
     def _check_weights(self, done: int) -> None:
         """Raise NotFinite where the last update spoiled the weights, which its loss, taken before, does not show."""
-        sums = torch.stack([parameter.detach().sum(dtype=torch.float32) for parameter in self.method.parameters()])
+        weights = [local(parameter.detach()) for parameter in self.method.parameters()]
+        sums = torch.stack([weight.sum(dtype=torch.float32) for weight in weights])
+        if is_sharded(self.method):
+            sums = distributed.sum_over_ranks(sums)
         if not sums.isfinite().all():
             raise NotFinite(
                 f"the weights are not finite after step {done}; nothing of it was saved. Last good checkpoint: "
@@ -405,27 +414,6 @@ class _RunningStatistics:
     def put_back_where(self, bad: Tensor) -> None:
         for live, kept in zip(self._live, self._kept, strict=True):
             live.copy_(torch.where(bad, kept, live))
-
-
-@contextlib.contextmanager
-def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch statistics are used and running ones left alone: the second embedding of the same images updates them,
-    once.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [
-        (norm, norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())
-        for norm in norms
-    ]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum = momentum
-            if count is not None and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(count)
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ssl.data.loader import Loader
 from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
 from ssl.durations import seconds_of
+from ssl.failed_step import FailedStep, write_failed_step
 from ssl.methods.base import Batch, Method
 from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.online import Evaluation, OnlineSubject, StopRun, evaluate_all, load_evaluations, show_start
@@ -288,6 +289,15 @@ def train(
         if main and settings.pictures:
             _show(tracker, step, method, augment, few, mean=mean, std=std)
 
+    def on_failed(step: int, why: str) -> str:
+        folder = out / "failed" / "checkpoints" / checkpoint.folder_name(step - 1)
+        problem = saver.attempt(out / "failed", step - 1)
+        if problem is None and main:
+            failed = FailedStep(step=step, reason=why, precision=dtype_name(dtype), device=device.type, images=[])
+            problem = _keep_failed(folder, failed, loader, global_batch_size)
+        problem = distributed.from_main(problem)
+        return f"{folder}" if problem is None else f"no folder: {problem}"
+
     def on_profile(profile: Profile) -> None:
         tracker.say(write_summary(profile, loader, out / "profile"))
 
@@ -326,6 +336,7 @@ def train(
         profiler=profiler,
         spike_deviations=settings.spike_deviations,
         max_bad_steps=settings.max_bad_steps,
+        save_failed=on_failed,
         warn=log.warning if main else lambda text: None,
         deadline=deadline,
         watchdog=watchdog,
@@ -358,6 +369,20 @@ def train(
         watchdog.close()
         tracker.close()
     return latest
+
+
+def _keep_failed(folder: Path, failed: FailedStep, loader: Loader, global_batch_size: int) -> str | None:
+    """Add a step and its global batch to the checkpoint in `folder`; why that was not possible, else None."""
+    number = failed.step - 1
+    batches = loader.batches(start_step=number, stop_step=failed.step, global_batch_size=global_batch_size)
+    batch = next(iter(batches))
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    images = [loader.source.describe(index) for index in batch["index"].tolist()]
+    try:
+        write_failed_step(folder, replace(failed, images=images), batch)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _attend_by_matmul(method: Method) -> None:

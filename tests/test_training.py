@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ import yaml
 
 from ssl import distributed
 from ssl.checkpoint import read_state, steps_saved
+from ssl.failed_step import read_failed_step
+from ssl.methods.base import Batch
+from ssl.methods.simclr import SimCLR
 from ssl.online import OnlineSubject, StopRun
 from ssl.pretrain import run
+from ssl.trainer import NotFinite
 from tests.test_pretrain import SHORT, TINY_RESNET, composed, weights_of
 
 WORDS = ["method=simclr", *TINY_RESNET, *SHORT, "trainer.eval_every_epochs=1"]
@@ -97,6 +102,32 @@ def test_a_setting_that_a_run_did_not_know_yet_counts_as_its_default(tmp_path: P
         run(composed(*words, "trainer.clip_grad_norm=2.0"), out=tmp_path)
     run(composed(*WORDS, "trainer.steps=4"), out=tmp_path)
     assert steps_saved(tmp_path)[-1][0] == 4
+
+
+class Spoiled(SimCLR):
+    """SimCLR whose loss is not a number where a batch holds image 7."""
+
+    def contrast(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = super().contrast(embeddings)
+        return {**outputs, "loss": outputs["loss"] * (math.nan if self.spoiled else 1.0)}
+
+    def forward(self, batch: Batch, **options):
+        self.spoiled = bool((batch["index"] == 7).any())
+        return super().forward(batch, **options)
+
+
+def test_a_run_that_keeps_failing_leaves_the_first_bad_step_and_its_images(tmp_path: Path):
+    words = [word for word in WORDS if not word.startswith("trainer.device_batch_size")]
+    config = composed(*words, "trainer.max_bad_steps=0", "trainer.steps=12")
+    config.method._target_ = "tests.test_training.Spoiled"
+    with pytest.raises(NotFinite, match=r"the loss was nan.*failed"):
+        run(config, out=tmp_path)
+    folder = steps_saved(tmp_path / "failed")[-1][1]
+    failed, batch = read_failed_step(folder)
+    assert 7 in batch["index"].tolist()
+    assert failed.step == steps_saved(tmp_path / "failed")[-1][0] + 1
+    assert len(failed.images) == len(batch["index"])
+    assert not steps_saved(tmp_path) or steps_saved(tmp_path)[-1][0] < failed.step
 
 
 def _gathered(sizes: tuple[int, int]) -> list[list[float]]:
