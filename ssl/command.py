@@ -137,6 +137,8 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
         _say(ending.message)
     if ending.outcome is not None:
         return ending.outcome.objective
+    if sweep.on_cluster and ending.code == LOST_CONTACT:  # the job's script sends it into the queue again
+        raise SystemExit(LOST_CONTACT)
     if sweeps.state_of(ending.code) == sweeps.STOPPED:
         ending.pass_on()
         if not sweep.on_cluster:  # else the job comes back, and the others are no concern of its
