@@ -130,6 +130,27 @@ def fresh_statistics(module: nn.Module) -> Iterator[None]:
             part.momentum = momentum
 
 
+@contextlib.contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers use a batch's statistics without moving their running ones: for images that are seen twice
+    in a step.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    kept = [
+        (norm, norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())
+        for norm in norms
+    ]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
+
+
 @torch.no_grad()
 def renew_statistics(module: nn.Module, average: Average, batches: Iterable[dict[str, Any]]) -> None:
     """Give the averaged weights BatchNorm statistics of their own, from one pass over the views of all images as they
