@@ -312,8 +312,7 @@ def main() -> None:
         if loaded is None and name == "checkpoint":
             name = "embedded"
         out = run_folder(default_folder(config, loaded, name), config.out)
-        result = launch(config, run=lambda: run(config, out=out, loaded=loaded), module="eval.finetune", out=out)
-        result = result or {"metrics": {}, "protocol": {"last_metrics": {}}}  # of a rank that did not judge
+        result = launch(config, run=lambda: run(config, out=out, loaded=loaded), command="eval.finetune", out=out)
         last = result["protocol"]["last_metrics"]
         held_out = last.get("held_out_top1", last.get("held_out_map"))
         return Outcome(result["metrics"], out, held_out)  # a sweeper never hears of the test split

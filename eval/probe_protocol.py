@@ -12,6 +12,7 @@ from eval.config import EvalConfig
 from ssl.config import (
     CONF,
     AugmentConfig,
+    LaunchConfig,
     LoaderConfig,
     OptimConfig,
     ScheduleConfig,
@@ -23,7 +24,7 @@ from ssl.data.views import make_views
 from ssl.same_run import flat
 
 CACHED = "cached"
-TRAINING = ("head", "augment", "optim", "schedule", "trainer", "loader", "wandb", "accept_changes")
+TRAINING = ("head", "augment", "optim", "schedule", "trainer", "loader", "launch", "wandb", "accept_changes")
 """What the training loop and its heads read; nothing of it acts on features that were read once."""
 FEATURES = ("layers", "pooling", "grid_dim", "features_gib")
 LAST_STEP = "the weights of the last step are reported"
@@ -64,6 +65,7 @@ class ProtocolConfig(EvalConfig):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     accept_changes: bool = False  # continue a run although its recipe was changed
 

@@ -7,14 +7,12 @@ the test split, which is read once.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -58,11 +56,11 @@ def run(config: DictConfig, *, schema: type) -> dict[str, Any]:
     """Judge what `config.ckpt` names by the protocol that `config` was composed with, from the last step of an earlier
     start where there is one; returns the metrics and the protocol.
 
-    Where torch sees several devices the same command runs in one process for each. Raises ValueError for settings that
+    Where torch sees several devices there is one process for each. Raises ValueError for settings that
     the protocol does not read, and for what it cannot judge.
     """
     check_published(config, schema)
-    config = config.copy()
+    given, config = config.copy(), config.copy()
     settings = config.trainer
     settings.device, settings.precision, config.loader.threads = config.device, config.precision, config.threads
     check_trainer(settings)
@@ -71,13 +69,8 @@ def run(config: DictConfig, *, schema: type) -> dict[str, Any]:
     def here() -> dict[str, Any]:
         return train_and_report(config, judged, sets, notes, schema=schema)
 
-    if not HydraConfig.initialized() or HydraConfig.get().job.config_name != "linear_probe":
-        return here()  # called from Python or by another command: its command line cannot be run again for this
-    result = launch(config, run=here, module="eval.linear_probe", out=judged.folder)
-    if result is None:  # the processes have written it
-        path = judged.folder / f"{judged.name}.json"
-        result = {**json.loads(path.read_text()), "path": str(path)}
-    return result
+    given.name = judged.name  # which the words of a sweep may be part of
+    return launch(given, run=here, command="eval.linear_probe", out=judged.folder / judged.name)
 
 
 def open_subject(config: DictConfig) -> tuple[Judged, list[FeatureSet], list[str]]:

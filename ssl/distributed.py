@@ -75,6 +75,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says that other ranks, or where they meet, are gone or silent: no mistake of this one's."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def rank() -> int:
     """This process's number among all, 0 where it is alone. Known from the launcher's variables before `start`."""
     if dist.is_initialized():

@@ -1,36 +1,94 @@
-"""One process per device on this machine, through torch elastic, where the command was not already started by a
-launcher.
+"""Where a run's processes are: in the group that a launcher has made, in this process alone, or one per device, started
+through torch elastic and looked after here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
+import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ssl.checkpoint import steps_saved
 from ssl.data.threads import available_cores
+from ssl.elastic import Agent, Machines
+from ssl.launch_files import Report, Task, Workers, write_task
+from ssl.ranks import adopt_slurm
+from ssl.stopping import LOST_CONTACT, SIGNALS, Handler, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
+TO_APPEAR = 15.0
+"""Seconds that a process has between its start and its first word, when it is asked to stop."""
 
 
-def num_processes(device: str, devices: int | None) -> int:
-    """How many processes to start: every GPU that torch sees or `devices` of them; on the CPU `devices`, else one.
+class GroupLost(ChildProcessError):
+    """A process of the group was lost, and with it the group, more often than it may be started again."""
 
-    One where a launcher (torchrun, srun through it) has already given this process a rank. Raises ValueError where
-    there are fewer GPUs than asked for.
+    exit_code = LOST_CONTACT
+
+
+def launch(config: DictConfig, *, run: Callable[[], Any], command: str, out: Path) -> Any:
+    """What `run` returns: called here, where one process is enough or a launcher has started several; else what
+    `command` (a name in `ssl.worker.COMMANDS`) returns on the first of one process per device.
+
+    A process that is lost takes the others with it, and all begin again from the last checkpoint in the run folder
+    `out`. Raises ValueError and OSError with the message of a process that ended by a mistake, Stopped where all were
+    asked to stop, GroupLost where processes were lost more than `launch.max_restarts` times without a new checkpoint.
     """
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        return 1
+    adopt_slurm()
+    machines = find_machines(config)
+    if machines is None:
+        return run()
+    folder = Path(tempfile.mkdtemp(prefix="ssl_launch_"))
+    try:
+        task = Task(command, str(out), config.launch.shutdown_seconds, logging.getLogger().level)
+        write_task(folder, task, OmegaConf.to_yaml(config, resolve=True))
+        return _run_and_restart(machines, folder, config.launch, out=out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_machines(config: DictConfig) -> Machines | None:
+    """The processes to start, None where this one is to do the work: alone, or as a rank that a launcher has started.
+
+    Raises ValueError for settings that would have no effect, and where there are fewer GPUs than asked for.
+    """
+    settings = config.launch
+    devices = config.trainer.devices if settings.devices is None else settings.devices
     if devices is not None and devices < 1:
         raise ValueError(f"trainer.devices must be at least 1, or null for every GPU; got {devices}")
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        _check_joined(devices)
+        return None
+    if settings.mode.name == "none":
+        if settings.nodes > 1 or (devices or 1) > 1:
+            raise ValueError(
+                f"launch=none is this process alone; launch.nodes={settings.nodes} and trainer.devices={devices} have "
+                "no effect on it; give launch=auto, or start it by torchrun or srun"
+            )
+        return None
+    devices = num_devices(config.trainer.device.name, devices)
+    if settings.nodes > 1:
+        return _several_machines(settings.nodes, devices)
+    return None if devices == 1 else Machines(devices)
+
+
+def num_devices(device: str, devices: int | None) -> int:
+    """How many processes this machine has: every GPU that torch sees, or `devices` of them; on the CPU `devices`, else
+    one.
+    """
     num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if num_gpus == 0:
         return devices or 1
@@ -39,62 +97,227 @@ def num_processes(device: str, devices: int | None) -> int:
     return devices or num_gpus
 
 
-def launch(config: DictConfig, *, run: Callable[[], Any], module: str, out: Path) -> Any:
-    """What `run` returns, where one process is enough or a launcher has started several; else None, after the same
-    command has run in one process per device.
+def _check_joined(devices: int | None) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if here and devices is not None and devices != here:
+        raise ValueError(
+            f"trainer.devices={devices} has no effect: a launcher has started {here} processes on this machine; "
+            "leave it out, or tell the launcher"
+        )
 
-    Raises ChildProcessError where that ended badly.
+
+def _several_machines(nodes: int, devices: int) -> Machines:
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"launch.nodes={nodes} needs {', '.join(missing)} in the environment, on each machine its own NODE_RANK; "
+            "launch/several_machines.sh sets them"
+        )
+    node_rank = int(os.environ["NODE_RANK"])
+    if not 0 <= node_rank < nodes:
+        raise ValueError(f"NODE_RANK={node_rank} must be from 0 to {nodes - 1}: there are launch.nodes={nodes}")
+    return Machines(devices, nodes, node_rank, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+
+# ---- one start after the other ---------------------------------------------------------------------------------------
+
+
+def _run_and_restart(machines: Machines, folder: Path, settings: Any, *, out: Path) -> Any:
+    """The result of the first start that comes to an end; one that is lost is followed by another."""
+    losses, before, lost = 0, _last_step(out), None
+    attempt = 0
+    while True:
+        place = folder / str(attempt)
+        place.mkdir()
+        workers = Workers(place)
+        with _Requests() as requests, _environment(machines, place):
+            agent = Agent(place, machines, attempt=attempt)
+            if lost is not None:
+                _time_to_next_step(out, lost)
+            agent.start()
+            _look_after(agent, workers, requests, seconds=settings.shutdown_seconds)
+        ending = _Ending(workers.reports(), agent, workers.lost_at(), requests)
+        result = ending.result()
+        if not ending.is_lost:
+            return result
+        step = _last_step(out)
+        losses = 1 if step > before else losses + 1
+        lost, before = (ending.when, step), step
+        if losses > settings.max_restarts:
+            raise GroupLost(
+                f"{ending.how()}; that is {losses} times since step {step}, and launch.max_restarts="
+                f"{settings.max_restarts}; what was saved stays, and the same command continues from it"
+            )
+        _say(f"{ending.how()}; starting all again from step {step} ({losses} of {settings.max_restarts} restarts)")
+        attempt += 1
+
+
+def _look_after(agent: Agent, workers: Workers, requests: _Requests, *, seconds: float) -> None:
+    """Wait until all processes have ended, and hand on to them what this one is asked."""
+    asked = None
+    while agent.is_alive():
+        agent.join(0.05)
+        workers.look()
+        if not requests.number:
+            continue
+        asked = asked or time.monotonic()
+        waited = time.monotonic() - asked
+        if requests.at_once or waited > seconds:
+            if waited > seconds and not requests.at_once:
+                _say(f"not saved within launch.shutdown_seconds={seconds:g}; the processes are ended")
+                requests.at_once = True
+            workers.send(signal.SIGKILL)
+        workers.send(requests.number)
+        if not workers.pids and waited > TO_APPEAR:
+            return  # they wait for other machines, and there is nobody to tell
+
+
+class _Ending:
+    """What became of the processes of one start."""
+
+    def __init__(self, reports: dict[int, Report], agent: Agent, when: float, requests: _Requests) -> None:
+        self.reports, self.agent, self.when, self.requests = reports, agent, when, requests
+
+    def result(self) -> Any:
+        """The first process's result; None where the group was lost. Raises what the processes raised."""
+        by_code: dict[int, list[Report]] = {}
+        for _, report in sorted(self.reports.items()):
+            by_code.setdefault(report.code, []).append(report)
+        if 1 in by_code:
+            _raise_mistake(by_code[1])
+        stops = [report for code, reports in by_code.items() if code not in (0, 1, LOST_CONTACT) for report in reports]
+        if self.requests.at_once:
+            raise KeyboardInterrupt
+        if stops:
+            _raise_stop(stops[0])
+        if self.requests.number:
+            _say(f"{self.how()}, while it was asked to stop; what was saved stays")
+            raise SystemExit(128 + self.requests.number)
+        if self.agent.error is not None:
+            raise ChildProcessError(f"the processes could not be started: {self.agent.error}") from self.agent.error
+        self._raise_unexplained()
+        return None if self.is_lost else self.reports[min(self.reports)].result
+
+    def _raise_unexplained(self) -> None:
+        """For a process that ended by itself with a code of its own, without a word to this one."""
+        for rank, code in sorted(self.agent.exit_codes.items()):
+            if code > 0 and code != LOST_CONTACT and rank not in self.reports:
+                raise ChildProcessError(f"rank {rank} ended with exit code {code}; what it said stands above")
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a process was killed, or says that it lost the others."""
+        return bool(self.agent.exit_codes)
+
+    def how(self) -> str:
+        """`rank 1 on node7 was killed by SIGKILL 3 s ago`, of the process that was lost first as far as it is known."""
+        ago = f"{time.time() - self.when:.1f} s ago"
+        codes = {rank: code for rank, code in self.agent.exit_codes.items() if rank not in self.reports}
+        killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+        for rank, number in sorted(killed.items()):
+            memory = ", as the system does where memory is short" if number == signal.SIGKILL else ""
+            return f"rank {rank} on {os.uname().nodename} was killed by {signal.Signals(number).name}{memory}, {ago}"
+        for rank in sorted(codes):
+            return f"rank {rank} on {os.uname().nodename} gave up, {ago}"
+        for rank, report in sorted(self.reports.items()):
+            return f"rank {rank} on {report.host} lost the others, {ago} ({report.message})"
+        return f"the processes were lost, {ago}"
+
+
+def _raise_mistake(reports: list[Report]) -> None:
+    """Raise the first rank's; another rank's is printed where it says something else."""
+    first, *others = reports
+    for report in others:
+        if report.message != first.message:
+            _say(f"[rank {report.rank}] {report.message}")
+    raise ValueError(first.message) if first.is_plain else ChildProcessError(f"rank {first.rank}: {first.message}")
+
+
+def _raise_stop(report: Report) -> None:
+    if report.step is None:
+        _say(f"{report.message}")
+        raise SystemExit(report.code)
+    code = report.code - 128 if report.code > 128 else report.code
+    earlier: Handler = signal.getsignal(code) if report.code > 128 else None
+    raise Stopped(report.step, code, earlier=earlier)
+
+
+class _Requests:
+    """Notes the signals that this process is sent while it is entered; a second Ctrl-C ends the processes at once.
+
+    Outside the main thread nothing is installed.
     """
-    count = num_processes(config.trainer.device.name, config.trainer.devices)
-    if count == 1:
-        return run()
-    overrides = HydraConfig.get().overrides
-    words = [word for word in overrides.task if not word.startswith("out=")]
-    words += [word for word in overrides.hydra if word.startswith("hydra.searchpath")]
-    quoted = str(out).replace("'", "\\'")
-    code = run_processes(count, [*hydra_flags(sys.argv[1:]), *words, f"out='{quoted}'"], module=module)
-    if code:
-        raise ChildProcessError(f"the run on {count} processes ended with exit code {code}; what was saved is in {out}")
-    return None
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.at_once = False
+        self._earlier: dict[int, Handler] = {}
+
+    def __enter__(self) -> _Requests:
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.at_once = self.at_once or number == self.number == signal.SIGINT
+        self.number = self.number or number
 
 
-def run_processes(count: int, words: Sequence[str], *, module: str = "ssl.pretrain") -> int:
-    """Run `python -m <module> <words>` on `count` processes and wait; returns the exit code.
-
-    Raises KeyboardInterrupt where a signal ended them.
-
-    Ctrl-C and SIGTERM reach the processes, which save and stop; this one waits for them.
-    """
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    environment.setdefault("OMP_NUM_THREADS", str(max(available_cores() // count, 1)))
-    # Seconds that torch elastic leaves the processes to save and stop; 30 may be less than a few large steps.
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    child = subprocess.Popen([*launcher, "-m", module, *words], env=environment)
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C the terminal sends to the children itself
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def _environment(machines: Machines, place: Path) -> Iterator[None]:
+    """What the processes find in their environment, which elastic takes from this one's."""
+    added = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(available_cores() // machines.devices, 1))),
+    }
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
     try:
-        code = child.wait()
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if caught:
-        raise KeyboardInterrupt
-    return code
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-def hydra_flags(arguments: Sequence[str]) -> list[str]:
-    """Of a command line, the flags that say where configs lie: `--config-dir DIR` and the like."""
-    names = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
-    flags: list[str] = []
-    for position, argument in enumerate(arguments):
-        if argument.partition("=")[0] in names:
-            flags += list(arguments[position : position + (1 if "=" in argument else 2)])
-    return flags
+def _last_step(out: Path) -> int:
+    return max((step for step, _ in steps_saved(out)), default=0)
+
+
+def _time_to_next_step(out: Path, lost: tuple[float, int]) -> None:
+    """Say, once it is there, when the first step after a loss was done: `lost` is (when, the step to begin from)."""
+
+    def watch() -> None:
+        when, step = lost
+        while threading.main_thread().is_alive() and time.time() - when < 3600:
+            time.sleep(0.2)
+            done = _logged_since(out / "metrics.jsonl", when)
+            if done is not None and done > step:
+                _say(f"step {done} is done {time.time() - when:.1f} s after the loss")
+                return
+
+    threading.Thread(target=watch, name="time to next step", daemon=True).start()
+
+
+def _logged_since(path: Path, when: float) -> int | None:
+    """The last step in a metrics file that was written to after `when`."""
+    try:
+        if path.stat().st_mtime <= when:
+            return None
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 65536, 0))
+            return json.loads(file.read().splitlines()[-1])["step"]
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

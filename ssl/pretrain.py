@@ -110,7 +110,7 @@ def _task(config: DictConfig) -> Outcome:
     out = run_folder(default, config.out)
     check(config, PretrainConfig)
     check_objective(config)
-    metrics = launch(config, run=lambda: run(config, out=out), module="ssl.pretrain", out=out) or {}
+    metrics = launch(config, run=lambda: run(config, out=out), command="ssl.pretrain", out=out)
     return Outcome(metrics, out, find_objective(config, metrics, out=out) if distributed.is_main() else None)
 
 
