@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import ssl.distributed as distributed
@@ -111,7 +110,7 @@ def save(
         os.replace(partial, final)
         sync(final.parent)
         shutil.rmtree(_doomed(final), ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = _free_bytes(run_dir)
         text = (
@@ -407,16 +406,10 @@ def _free_bytes(folder: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def _reason(error: OSError | SafetensorError) -> str:
-    """What the system said, in its own words: safetensors wraps them in its own."""
-    number = error.errno if isinstance(error, OSError) else None
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if number is None and found:
-        number = int(found.group(1))
-    if number is None:
-        return str(error)
+def _reason(error: OSError) -> str:
+    """What the system said, and where that is not plain, what to look at."""
     advice = {errno.EDQUOT: "; see `quota -s`", errno.EROFS: "; it was mounted so, or after an error of the disk"}
-    return os.strerror(number) + advice.get(number, "")
+    return f"{error.strerror or error}{advice.get(error.errno or 0, '')}"
 
 
 def _split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -66,10 +67,7 @@ class Saver:
         problem = self.attempt(self.out, step)
         if problem is None:
             self.failed = 0
-            if distributed.is_main():
-                checkpoint.prune(
-                    self.out, newest=step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps
-                )
+            self._prune(self.out, step)
             return True
         self.failed += 1
         if final or self.failed >= self.max_failed:
@@ -97,14 +95,20 @@ class Saver:
                 problem = error if isinstance(error, checkpoint.NoRoom) else OSError(str(error))
         return distributed.from_main(problem)
 
+    def _prune(self, run_dir: Path, step: int) -> None:
+        if distributed.is_main():
+            with contextlib.suppress(ValueError):  # a folder that cannot be listed now: the next save tries again
+                checkpoint.prune(run_dir, newest=step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps)
+
     def _made_room(self, step: int) -> bool:
         """Whether checkpoints that the next save makes superfluous were removed ahead of it; on every rank."""
         removed: list[str] = []
         if distributed.is_main():
-            gone = checkpoint.make_room(
-                self.out, newest=step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps
-            )
-            removed = [folder.name for folder in gone]
+            with contextlib.suppress(ValueError):
+                gone = checkpoint.make_room(
+                    self.out, newest=step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps
+                )
+                removed = [folder.name for folder in gone]
             if removed:
                 self.warn(f"{self.out}: little room is left; removed {', '.join(removed)} before step {step} is saved")
         return bool(distributed.from_main(removed))
@@ -120,8 +124,7 @@ class Saver:
         if refused is not None:
             text = f"{problem}. Nor could it be saved elsewhere (trainer.fallback): {refused}. Nothing of it is saved. "
             return CannotSave(text + self._last(), step=step, folder=None)
-        if distributed.is_main():
-            checkpoint.prune(elsewhere, newest=step, keep_last=1, keep_every_steps=None)
+        self._prune(elsewhere, step)
         saved = elsewhere / "checkpoints" / checkpoint.folder_name(step)
         home = self.out.absolute() / "checkpoints"
         text = (
@@ -132,7 +135,10 @@ class Saver:
         return CannotSave(text, step=step, folder=elsewhere)
 
     def _last(self) -> str:
-        saved = checkpoint.steps_saved(self.out)
+        try:
+            saved = checkpoint.steps_saved(self.out)
+        except ValueError as error:
+            return str(error)
         return f"The last checkpoint is {saved[-1][1]}" if saved else "There is no earlier checkpoint"
 
 
