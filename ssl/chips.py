@@ -63,9 +63,66 @@ PEAKS: dict[str, Peak] = {
 }
 
 
+# GiB of memory of one GPU, by the same names and sheets; where a name says its own, that is taken.
+MEMORY: dict[str, float] = {
+    r"B200": 180,
+    r"GB200": 185,
+    r"RTX 5090": 32,
+    r"H100( SXM5)?( 80GB HBM3)?": 80,
+    r"H100 PCIe": 80,
+    r"H100 NVL": 94,
+    r"H200": 141,
+    r"H200 NVL": 141,
+    r"H800": 80,
+    r"GH200 (480GB|120GB)": 96,
+    r"GH200 144G HBM3e": 144,
+    r"L4": 24,
+    r"L40": 48,
+    r"L40S": 48,
+    r"RTX 6000 Ada Generation": 48,
+    r"RTX 4090": 24,
+    r"RTX 4080": 16,
+    r"A30": 24,
+    r"A10": 24,
+    r"A10G": 24,
+    r"A40": 48,
+    r"RTX A6000": 48,
+    r"RTX 3090( Ti)?": 24,
+    r"RTX 3080": 10,
+    r"T4": 16,
+    r"MI300X": 192,
+}
+
+
+def memory_gib(name: str) -> float | None:
+    """GiB of a GPU by its name; None where it is not known."""
+    bare = bare_name(name)
+    for pattern, size in MEMORY.items():
+        if re.fullmatch(pattern, bare):
+            return size
+    own = re.search(r"\b(\d+)GB", bare)
+    return float(own.group(1)) if own and any(re.fullmatch(pattern, bare) for pattern in PEAKS) else None
+
+
+def chip_named(name: str) -> str:
+    """`name`, where it is that of a GPU whose peak is known. Raises ValueError that lists those."""
+    if not any(re.fullmatch(pattern, bare_name(name)) for pattern in PEAKS):
+        known = ", ".join(pattern.split("(")[0].strip().rstrip("-") for pattern in PEAKS)
+        raise ValueError(
+            f"trainer.plan_chip={name} is not a GPU that is known here; these are: {known} (an A100 or V100 with its "
+            "form and memory, such as A100-SXM4-80GB)"
+        )
+    return name
+
+
+def bare_name(name: str) -> str:
+    """A GPU's name without its maker's."""
+    return re.sub(r"^(NVIDIA |AMD |Tesla |GeForce |Instinct |Graphics Device )+", "", name.strip())
+
+
 def peak_tflops(name: str, precision: str) -> float | None:
     """TFLOP/s of a GPU by its name, in bf16, fp16, tf32 or fp32; None where it is not known."""
-    bare = re.sub(r"^(NVIDIA |AMD |Tesla |GeForce |Instinct |Graphics Device )+", "", name.strip())
+    bare = bare_name(name)
     for pattern, peak in PEAKS.items():
         if re.fullmatch(pattern, bare):
             return getattr(peak, precision)

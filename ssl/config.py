@@ -152,6 +152,10 @@ class TrainerConfig:
     shard: Shard = Shard.none  # full: weights, gradients and optimizer state cut over the ranks (FSDP)
     activation_checkpointing: bool = False  # compute activations again in backward instead of keeping them
     plan: bool = False  # say what the run will need and cost, and do not train
+    plan_chip: str | None = None  # plan for this GPU, by its name, such as H100; null: the device here
+    plan_images_per_second: float | None = (
+        None  # of one device, as measured; null: measured here, or by the chip's peak
+    )
 
 
 @dataclass
@@ -238,6 +242,11 @@ def build(node: Mapping[str, Any] | DictConfig, *, within: str | None = None, **
             f"this config comes from a file and may only name parts of {within}*, got `_target_: {target}`"
         )
     part = locate(str(target))
+    if within is not None and not str(getattr(part, "__module__", "")).startswith(within):
+        raise ValueError(
+            f"this config comes from a file and may only name parts of {within}*; `_target_: {target}` is one of "
+            f"{getattr(part, '__module__', 'another package')} that is imported there"
+        )
     try:
         inspect.signature(part).bind(**values, **runtime)
     except TypeError as error:
@@ -340,6 +349,8 @@ def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
         value = getattr(trainer, name)
         if value is not None and not value > 0:
             raise ValueError(f"trainer.{name} must be above 0, got {value}")
+    if not trainer.plan and (trainer.plan_chip is not None or trainer.plan_images_per_second is not None):
+        raise ValueError("trainer.plan_chip and plan_images_per_second have no effect without trainer.plan=true")
     if trainer.clip_grad_norm is not None and not trainer.clip_grad_norm > 0:
         raise ValueError(f"trainer.clip_grad_norm must be positive, or null for none; got {trainer.clip_grad_norm}")
 
