@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssl.checkpoint_card import read_text, stay_inside
 from ssl.methods.base import Batch
 from ssl.tensor_files import load_tensors, save_tensors, sha256, sync
 
@@ -52,7 +53,7 @@ def write_failed_step(folder: Path, failed: FailedStep, batch: Batch) -> None:
 def read_failed_step(folder: Path) -> tuple[FailedStep, Batch]:
     """What `write_failed_step` wrote. Raises ValueError where there is none, or where it is damaged."""
     try:
-        card = json.loads((folder / STEP_FILE).read_text())
+        card = json.loads(read_text(folder / STEP_FILE))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"failed={folder} holds no step to do again: {STEP_FILE} cannot be read ({error}); give the folder that "
@@ -62,6 +63,7 @@ def read_failed_step(folder: Path) -> tuple[FailedStep, Batch]:
     if not isinstance(card, dict) or set(card) != names | {"sha256"}:
         raise ValueError(f"{folder / STEP_FILE} was written by another program or version: it needs {sorted(names)}")
     path = folder / BATCH_FILE
+    stay_inside(path)
     if not path.is_file() or sha256(path) != card.pop("sha256"):
         raise ValueError(f"{path} is missing or not what was written; the step cannot be done again")
     return FailedStep(**card), _nested(load_tensors(path))
