@@ -29,7 +29,7 @@ from ssl.config import CONF, suggest
 from ssl.plugin_defaults import register_plugin_defaults
 from ssl.ranks import adopt_slurm
 from ssl.slurm_settings import check_submitted, register_resolvers
-from ssl.stopping import LOST_CONTACT, Stopped
+from ssl.stopping import LOST_CONTACT, TIME_IS_UP, Stopped
 from ssl.sweeps import Outcome, Sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -132,17 +132,20 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
         if code == USAGE_ERROR:
             raise
         ending = Ending(code)
+    except BaseException as error:
+        job.tell(sweeps.FAILED, message=f"error: {type(error).__name__}: {error}")
+        raise
     job.tell(sweeps.state_of(ending.code), message=ending.message, outcome=ending.outcome)
     if ending.message:
         _say(ending.message)
     if ending.outcome is not None:
         return ending.outcome.objective
-    if sweep.on_cluster and ending.code == LOST_CONTACT:  # the job's script sends it into the queue again
-        raise SystemExit(LOST_CONTACT)
+    if sweep.on_cluster and ending.code not in (0, 1, TIME_IS_UP):  # the job's script may put it in the queue again
+        ending.pass_on()
+        raise SystemExit(ending.code)
     if sweeps.state_of(ending.code) == sweeps.STOPPED:
         ending.pass_on()
-        if not sweep.on_cluster:  # else the job comes back, and the others are no concern of its
-            sweep.end(ending.code)
+        sweep.end(ending.code)
         if not sweep.is_above:
             raise SystemExit(ending.code)
     return None
@@ -153,10 +156,19 @@ def run_folder(default: Path, given: str | None) -> Path:
     folder = default if given is None else Path(given).expanduser()
     hydra_config = HydraConfig.get()
     if given is None and hydra_config.mode == RunMode.MULTIRUN:
-        suffix = as_name(hydra_config.job.override_dirname)
+        suffix = as_name(_identity())
         folder = default.with_name(f"{default.name}_{suffix}") if suffix else default
     sweeps.note_folder(folder)
     return folder
+
+
+def _identity() -> str:
+    """What this run of a sweep overrides, but for keys that the config excludes and for where it runs (`launch`)."""
+    hydra_config = HydraConfig.get()
+    excluded = hydra_config.job.config.override_dirname.exclude_keys
+    keys = {word: word.split("=")[0].lstrip("+~") for word in hydra_config.overrides.task}
+    words = [word for word, key in keys.items() if key not in excluded and key.split(".")[0] != "launch"]
+    return "_".join(sorted(words)).replace("=", "-")
 
 
 def as_name(text: str) -> str:

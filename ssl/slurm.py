@@ -36,7 +36,7 @@ def decide(code: int, job: Mapping[str, str], *, lost: int, max_restarts: int) -
     if code == 0:
         return False, "done"
     if job["JobState"] == "COMPLETING":
-        return False, "Slurm ends it, and puts it in the queue again itself where it preempted it"
+        return False, "ended by Slurm; it comes back where it was preempted or put in the queue again"
     if code in WARNED:
         return True, "warned of its time limit"
     if code == PREEMPTED:

@@ -76,6 +76,11 @@ def _teardown(max_restarts: int) -> list[str]:
     return [f"{shlex.quote(sys.executable)} -m ssl.slurm $? --max-restarts={max_restarts}"]
 
 
+def _options(options: Any) -> dict[str, Any]:
+    """Whatever the cluster's default is, the job may be put in the queue again."""
+    return {"requeue": True, **options}
+
+
 RESOLVERS = {
     "minutes": _minutes,
     "tasks": _tasks,
@@ -84,4 +89,5 @@ RESOLVERS = {
     "srun_args": _srun_args,
     "setup": _setup,
     "teardown": _teardown,
+    "options": _options,
 }

@@ -75,8 +75,8 @@ def found(name: str) -> str | None:
 class Slurm:
     """The daemons, and Slurm's commands as methods."""
 
-    def __init__(self, *, grace: int = 0) -> None:
-        """`grace` is the partition low's GraceTime in seconds."""
+    def __init__(self, *, grace: int = 20) -> None:
+        """`grace` is the partition low's GraceTime: seconds that a preempted job has after its SIGTERM."""
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
@@ -120,13 +120,12 @@ class Slurm:
         """Started so that it dies with this process, whatever ends it."""
         program = found(name)
         assert program is not None
-        log = (self.folder / f"{name}{words[-1] if name == 'slurmd' else ''}.log").open("wb")
         command = ["setpriv", "--pdeathsig", "KILL", program, *words]
-        self._daemons.append(
-            subprocess.Popen(
+        with (self.folder / f"{name}{words[-1] if name == 'slurmd' else ''}.log").open("wb") as log:
+            daemon = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        )
+        self._daemons.append(daemon)
 
     def _idle(self) -> bool:
         shown = self._run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False)
@@ -152,6 +151,10 @@ class Slurm:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout.strip()
 
+    def wrap(self, command: str, *words: str, home: Path) -> str:
+        """Submit a shell command as a job, whose output goes to a file in `home`; returns the job's number."""
+        return self.submit(*words, f"--output={home}/%j.out", f"--wrap={command}", cwd=home)
+
     def jobs(self) -> list[str]:
         """The numbers of all jobs that Slurm remembers."""
         return re.findall(r"^JobId=(\d+)", self._run("scontrol", "show", "job", "--oneliner"), flags=re.MULTILINE)
@@ -164,6 +167,13 @@ class Slurm:
     def signal(self, job: str, number: signal.Signals) -> None:
         """Send a signal to the job's steps, as Slurm does before the time limit."""
         self._run("scancel", f"--signal={number.name.removeprefix('SIG')}", job)
+
+    def cancel(self, job: str) -> None:
+        self._run("scancel", job)
+
+    def steps(self, job: str) -> str:
+        """The names of the job's steps that are running."""
+        return self._run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%j")
 
     def release(self, job: str) -> None:
         """Let a requeued job start now: Slurm holds it for two minutes."""
