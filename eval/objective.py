@@ -35,8 +35,8 @@ def check_data(name: str, config: DictConfig) -> None:
 def judge(name: str, config: DictConfig, *, out: Path) -> float:
     """What the evaluation `name` finds of the run in `out`, which `config` pretrained; the larger, the better.
 
-    eval.knn: top-1 of a tenth of train among the rest of it. eval.linear_probe: top-1 of the chosen head on the
-    held-out slice that chose it. eval.health: RankMe. Written to <out>/eval/objective_<name>.json.
+    eval.knn: top-1 of a tenth of train among the rest of it. eval.linear_probe: top-1 of the best head
+    (L-BFGS, by its weight decay) on the held-out images that chose it. eval.health: RankMe. Written to <out>/eval/objective_<name>.json.
     """
     short = name.removeprefix("eval.")
     limit = min(config.data.limit or MOST_IMAGES, MOST_IMAGES)
@@ -49,7 +49,7 @@ def judge(name: str, config: DictConfig, *, out: Path) -> float:
     }
     if short == "health":
         return health.run(compose_evaluation(short, {**values, "views": 0}))["metrics"]["rankme"]
-    settings = compose_evaluation(short, values)
+    settings = compose_evaluation(short, values | ({"solver": "lbfgs"} if short == "linear_probe" else {}))
     judged = read_features(settings, command=name)
     found, how = {"knn": _knn, "linear_probe": _linear_probe}[short](settings, judged)
     protocol = {**judged.protocol, "test": "not read", **how, "notes": judged.notes}

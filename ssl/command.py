@@ -83,7 +83,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
         _say(f"{words} cannot be set here: its group is empty; choose one first, such as data=<name>")
         raise SystemExit(1) from None
     except SystemExit as end:
-        if not entered and end.code == 1:
+        if not entered and end.code == 1 and not isinstance(end, sweeps.Refused):
             hint = _suggest(
                 config_name, [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
             )

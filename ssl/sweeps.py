@@ -133,6 +133,10 @@ class Job:
             print(f"the sweep's table will lack this run: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
+class Refused(SystemExit):
+    """A sweep that does not begin; why was said."""
+
+
 _sweep: Sweep | None = None
 _job: Job | None = None
 _watch: SignalWatch | None = None
@@ -147,13 +151,13 @@ class SweepCallback(Callback):
         self.sweep: Sweep | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Begin the sweep, in the process that starts it. SystemExit is the one thing that Hydra lets out of here."""
+        """Begin the sweep, in the process that starts it. What is no SystemExit Hydra keeps."""
         try:
             check_direction(config)
             self.sweep = _open(config)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+            raise Refused(1) from None
         begin(self.sweep)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -254,12 +258,13 @@ def report(sweep: Sweep) -> int:
     print(f"\n{short_table(outcomes).text()}\n")
     best = best_of(outcomes, sweep.direction)
     if best is not None:
-        print(f"best: run {best['run']}, objective {best['objective']:.6g}: {shlex.join(best['overrides'])}")
+        words = shlex.join(_swept(best, outcomes))
+        print(f"best: run {best['run']}, objective {best['objective']:.6g}: {words}")
     print(f"written: {path}", flush=True)
     failed = [each for each in outcomes if each["state"] not in (DONE, RUNNING, STOPPED)]
     if failed:
-        words = "\n  ".join(shlex.join(each["overrides"]) for each in failed)
-        print(f"{len(failed)} of the sweep's runs failed:\n  {words}", file=sys.stderr, flush=True)
+        lines = "\n  ".join(f"run {each['run']}, {shlex.join(_swept(each, outcomes))}" for each in failed)
+        print(f"{len(failed)} of the sweep's runs failed:\n  {lines}", file=sys.stderr, flush=True)
     if code and sweep.on_cluster:
         jobs = sorted({each["job"].partition("_")[0] for each in outcomes if each["state"] == RUNNING})
         how = f"scancel {' '.join(jobs)}" if jobs else "squeue --me shows them, scancel"
@@ -432,6 +437,15 @@ def _is_alive(pid: int) -> bool:
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:
     pairs = (word.partition("=") for word in overrides)
     return {key: value for key, _, value in pairs}
+
+
+def _swept(outcome: Mapping[str, Any], outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of a run's overrides those that not all runs have; all of a single run."""
+    return [
+        word
+        for word in outcome["overrides"]
+        if len(outcomes) == 1 or any(word not in each["overrides"] for each in outcomes)
+    ]
 
 
 def _first_line(message: str | None) -> str | None:
