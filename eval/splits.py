@@ -18,6 +18,8 @@ from ssl.data.subset import Subset, limit, split_held_out
 
 TEST_FRACTION = 0.2
 OVERRIDABLE = ("limit", "image_size", "max_bad_fraction", "in_memory_gib")
+READ_ONLY_URLS = ("", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https", "memory", "file", "local")
+"""Kinds of urls (fsspec's) that a checkpoint may name its images by; "" is a path."""
 DEFAULTS = {"max_bad_fraction": 0.01, "in_memory_gib": 4.0, "channels": 3}
 
 
@@ -59,7 +61,8 @@ class Splits:
 def data_settings(given: Mapping[str, Any], own: Mapping[str, Any] | None, *, subject: str) -> dict[str, Any]:
     """A data yaml's values without nulls: `given`, or for `data=checkpoint` the subject's `own` with what is given.
 
-    `own` is what the checkpoint says of its data; None for a baseline, which is judged on the embedded images then.
+    `own` is what the checkpoint says of its data; None for a baseline, which is judged on the embedded images then. It
+    may come from anyone: nothing is downloaded for it, and of urls only those that are read and no more are followed.
     """
     values = {key: value for key, value in given.items() if value is not None}
     if values["name"] != "checkpoint":
@@ -71,6 +74,9 @@ def data_settings(given: Mapping[str, Any], own: Mapping[str, Any] | None, *, su
         raise ValueError(f"ckpt={subject} does not say which images it was made from; give data=, such as data=cifar10")
     merged = {**DEFAULTS, **{key: value for key, value in own.items() if value is not None}}  # pyright: ignore
     merged |= {key: values[key] for key in OVERRIDABLE if key in values}
+    if not isinstance(merged.get("source"), Mapping):
+        raise ValueError(f"ckpt={subject} does not say how its images are read; give data=, such as data=cifar10")
+    merged["source"] = {key: value for key, value in merged["source"].items() if key != "download"}
     unused = sorted(set(values) - {"name", "root", *OVERRIDABLE})
     if unused:
         raise ValueError(
@@ -82,7 +88,18 @@ def data_settings(given: Mapping[str, Any], own: Mapping[str, Any] | None, *, su
             raise ValueError(f"data.root has no effect: the data {merged['name']} is not read from a folder")
         merged["root"] = values["root"]
         merged["source"] = {**merged["source"], "root": values["root"]}
+    elif (kind := _kind_of_url(merged["source"].get("root"))) not in READ_ONLY_URLS:
+        raise ValueError(
+            f"ckpt={subject} names its images by {merged['source']['root']}; a checkpoint may come from anyone, and "
+            f"{kind}:// may do more than read. Where you trust it, give it as data.root="
+        )
     return merged
+
+
+def _kind_of_url(root: Any) -> str:
+    """What stands before `://`, such as `s3`, or `simplecache::s3` of a url in another; nothing of a path."""
+    head, found, _ = str(root).partition("://")
+    return head if found else ("" if "::" not in str(root) else str(root).split("::")[0])
 
 
 def make_splits(data: Mapping[str, Any], *, own: bool, seed: int, command: str, multi_label: bool = False) -> Splits:

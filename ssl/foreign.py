@@ -26,8 +26,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ssl.models.backbones import BackboneSpec, backbone_from_spec, build_backbone
-from ssl.tensor_files import few, load_strictly, load_tensors
+from ssl.models.backbones import BackboneSpec, backbone_from_spec, describe_backbone
+from ssl.models.described import no_larger_than
+from ssl.tensor_files import check_fit, few, load_strictly, load_tensors
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the average first, where both are there
@@ -209,9 +210,10 @@ def _describe(
     first = first[0] if isinstance(first, (tuple, list)) else first
     weight = tensors.get(f"{first}.weight")
     channels = int(weight.shape[1]) if weight is not None and weight.ndim == 4 else 3
-    _, spec = build_backbone(
-        name, image_size=size, in_chans=channels, patch_size=patch or given_patch, stem=stem, model_args=args
-    )
+    with no_larger_than(tensors, trials=20):  # it tries other image sizes where this one does not fit
+        spec = describe_backbone(
+            name, image_size=size, in_chans=channels, patch_size=patch or given_patch, stem=stem, model_args=args
+        )
     return spec, notes
 
 
@@ -257,8 +259,8 @@ def _load(
     path: Path,
 ) -> tuple[nn.Module, list[str]]:
     """The described model with the weights, in eval mode, and notes on what was left out or filled in."""
-    backbone = backbone_from_spec(spec)
-    own = backbone.state_dict()
+    with no_larger_than(tensors):
+        own = backbone_from_spec(spec, device="meta").state_dict()
     kinds = {name: _kind(name) for name in [*outside, *tensors] if name in outside or name not in own}
     kept = {name: tensor for name, tensor in tensors.items() if kinds.get(name) is None}
     kept |= {f"{name} (beside the backbone)": outside[name] for name in outside if kinds[name] is None}
@@ -268,14 +270,12 @@ def _load(
         notes.append(f"{dropped.total()} tensors that are not the backbone's were left out: {counts}")
     counters = [name for name in own if name.endswith(".num_batches_tracked") and name not in kept]
     if counters:  # older than torch 0.4.1, which counts them; evaluation does not read them
-        kept |= {name: own[name] for name in counters}
+        kept |= {name: torch.zeros_like(own[name], device="cpu") for name in counters}
         notes.append(f"{len(counters)} counters of BatchNorm that the file lacks start at 0")
-    load_strictly(
-        backbone,
-        kept,
-        path,
-        advice=f"is it {model_name}? model= must name what the weights were made with, model.args.* its arguments",
-    )
+    advice = f"is it {model_name}? model= must name what the weights were made with, model.args.* its arguments"
+    check_fit(own, kept, path, advice=advice)  # before memory is taken for it
+    backbone = backbone_from_spec(spec)
+    load_strictly(backbone, kept, path, advice=advice)
     return backbone.eval(), notes
 
 

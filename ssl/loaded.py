@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl.checkpoint_card import read_text, statistics, stay_inside
 from ssl.foreign import SUFFIXES, read_foreign
 from ssl.hub import PREFIX, read_hub
 from ssl.models.backbones import BackboneSpec, backbone_from_spec
 from ssl.models.classifier import head_names
-from ssl.tensor_files import fingerprint, load_strictly, load_tensors, match_keys, sha256
+from ssl.models.described import check_described, no_larger_than
+from ssl.tensor_files import check_fit, fingerprint, load_strictly, load_tensors, match_keys, sha256
 
 FOLLOWS_FROM_WEIGHTS = ("img_size", "patch_size", "in_chans", "num_classes", "dynamic_img_size")
 
@@ -55,20 +57,32 @@ class LoadedBackbone:
 def load_export(folder: Path) -> LoadedBackbone:
     """The backbone of an export of ours or of a folder that timm has written; ValueError where it is neither."""
     try:
-        card = json.loads((folder / "config.json").read_text())
-        mean, std = list(card["pretrained_cfg"]["mean"]), list(card["pretrained_cfg"]["std"])
+        card = json.loads(read_text(folder / "config.json"))
+        settings = card["pretrained_cfg"]
         spec = BackboneSpec.from_dict(card["ssl_backbone"]) if "ssl_backbone" in card else None
         name = str(card["architecture"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        channels, height, width = settings.get("input_size", [3, 224, 224]) if spec is None else (spec.in_chans, 0, 0)
+        mean_std = statistics((settings["mean"], settings["std"]), channels=channels, where=folder / "config.json")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"ckpt={folder} is not an export, nor a folder that timm has written: config.json says no backbone "
             f"({error!r})"
         ) from error
+    mean, std = mean_std
     path = folder / "model.safetensors"
+    stay_inside(path)
     digest = sha256(path)
     if spec is None:
         args = {key: value for key, value in card.get("model_args", {}).items() if key not in FOLLOWS_FROM_WEIGHTS}
-        height, width = card["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
+        check_described(
+            {
+                "architecture": name,
+                "image_size": [height, width],
+                "in_chans": channels,
+                "model_args": args,
+                "stem": "standard",
+            }
+        )
         found = read_foreign(path, model={"name": name, "args": args}, image_size=(height, width))
         notes = [note for note in found.notes if "ImageNet" not in note]
         return LoadedBackbone(
@@ -128,15 +142,27 @@ def load_model(
 
     Raises ValueError where a tensor is missing, left over or of another shape.
     """
+    with no_larger_than(tensors):
+        trial: Any = backbone_from_spec(spec, device="meta")
+    own = trial.state_dict()
+    classes = None if card is None else _classes(card, folder)
+    inside = {name: tensor for name, tensor in tensors.items() if name in own or classes is None}
+    check_fit(own, inside, folder)  # before memory is taken for it
+    head = {name: tensor for name, tensor in tensors.items() if name not in inside}
+    if classes is not None:
+        with torch.device("meta"):
+            trial.reset_classifier(len(classes))
+        match_keys(head_names(trial), head, folder)
     model = backbone_from_spec(spec)
-    if card is None:
-        load_strictly(model, tensors, folder)
+    load_strictly(model, inside, folder)
+    if card is None or classes is None:
         return model.eval(), None
-    own = model.state_dict()
-    head = {name: tensor for name, tensor in tensors.items() if name not in own}
-    with torch.device("meta"):
-        whole: Any = backbone_from_spec(spec, device="meta")
-        whole.reset_classifier(len(card["classes"]))
-    match_keys(head_names(whole), head, folder)
-    load_strictly(model, {name: tensor for name, tensor in tensors.items() if name in own}, folder)
-    return model.eval(), Classifier(list(card["classes"]), bool(card["multi_label"]), head)
+    return model.eval(), Classifier(classes, bool(card["multi_label"]), head)
+
+
+def _classes(card: Mapping[str, Any], folder: Path) -> list[str]:
+    """The names of a classifier's classes. Raises ValueError where they are no list of words."""
+    classes = card.get("classes") if isinstance(card, Mapping) else None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or "multi_label" not in card:
+        raise ValueError(f"{folder} says that it holds a classifier, and not of which classes")
+    return classes

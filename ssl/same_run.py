@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ssl.checkpoint_card import read_config
 from ssl.config import plain
 from ssl.data.sources import Source, checksum
 
@@ -61,7 +62,7 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
 
     A setting that the run's version did not have yet counts as the default of `schema`.
     """
-    before, now = flat(plain(OmegaConf.create((folder / "run.yaml").read_text()))), flat(plain(config))
+    before, now = flat(read_config(folder)), flat(plain(config))
     defaults = flat(plain(OmegaConf.structured(schema)))
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     binding = {"trainer.steps"} if config.trainer.epochs is None else set()  # then it is the length

@@ -16,6 +16,8 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ssl.models.described import check_described
+
 STEMS = ("standard", "small", "padded")  # padded: small with a padding of 2, as solo-learn builds it for CIFAR
 COMMON_SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448, 512)
 OWN_ARGUMENTS = {  # what build_backbone sets itself, and the setting to use instead
@@ -53,13 +55,14 @@ class BackboneSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackboneSpec:
-        """Read what `to_dict` wrote. Raises ValueError on missing or unknown keys."""
+        """Read what `to_dict` wrote. Raises ValueError on missing or unknown keys, and as `check_described`."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ValueError(
                 f"A backbone's description needs the keys {sorted(names)}, got {sorted(values)}; "
                 "the checkpoint was written by another program or version."
             )
+        check_described(values)
         height, width = values["image_size"]
         return cls(**{**values, "image_size": (int(height), int(width)), "model_args": dict(values["model_args"])})
 
@@ -82,6 +85,29 @@ def build_backbone(
     the stem `stem_side`, where a method shows the backbone less than the image. Keys of the state dict are timm's own.
     Raises ValueError, saying what fits, where name, arguments and image size do not go together.
     """
+    spec = describe_backbone(
+        name,
+        image_size=image_size,
+        in_chans=in_chans,
+        patch_size=patch_size,
+        stem=stem,
+        stem_side=stem_side,
+        model_args=model_args,
+    )
+    return backbone_from_spec(spec, drop_path=drop_path), spec
+
+
+def describe_backbone(
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    in_chans: int = 3,
+    patch_size: int | tuple[int, int] | None = None,
+    stem: str = "auto",
+    stem_side: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> BackboneSpec:
+    """The description of what `build_backbone` builds, from the same settings; no memory is taken for its weights."""
     height, width = (int(side) for side in image_size)
     args = _checked_arguments(name, model_args)
     probe = _construct(name, in_chans=in_chans, model_args=args, device="meta")
@@ -101,7 +127,7 @@ def build_backbone(
         stem=_choose_stem(name, probe, min(height, width) if stem_side is None else stem_side, stem),
     )
     _check_fit(spec)
-    return backbone_from_spec(spec, drop_path=drop_path), spec
+    return spec
 
 
 def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: str | None = None) -> nn.Module:
