@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -271,7 +272,7 @@ def test_a_job_that_may_not_be_requeued_says_how_to_go_on(slurm: Slurm, tmp_path
     assert "it was submitted with --no-requeue; submit the same command once more to continue" in slurm.output(job)
 
 
-def launcher(*overrides: str) -> DictConfig:
+def launcher(*overrides: str) -> dict[str, Any]:
     """What Hydra gives the launcher for these words on the command line."""
     register_schemas()
     register_resolvers()
@@ -281,13 +282,12 @@ def launcher(*overrides: str) -> DictConfig:
             overrides=["hydra/launcher=slurm", "launch=slurm", "hydra.sweep.dir=runs/sweeps/here", *overrides],
             return_hydra_config=True,
         )
-    OmegaConf.resolve(config.hydra.launcher)
-    return config.hydra.launcher
+    return {str(key): value for key, value in OmegaConf.to_container(config.hydra.launcher, resolve=True).items()}
 
 
 def batch_script(*overrides: str) -> str:
     """The sbatch script that submitit makes of the launcher's settings."""
-    settings = {str(key): value for key, value in OmegaConf.to_container(launcher(*overrides)).items()}
+    settings = launcher(*overrides)
     del settings["_target_"]
     executor = SlurmExecutor(settings.pop("submitit_folder"), max_num_timeout=settings.pop("max_num_timeout"))
     names = SlurmExecutor._equivalence_dict()
@@ -312,8 +312,8 @@ def test_one_group_describes_the_whole_job(slurm: Slurm, monkeypatch):
 
 
 def test_a_run_on_cpus_asks_for_no_gpu():
-    assert launcher("launch.devices=2", "trainer.device=cpu").gpus_per_node is None
-    assert launcher("trainer.devices=2").gpus_per_node == 2, "trainer.devices says as much as launch.devices"
+    assert launcher("launch.devices=2", "trainer.device=cpu")["gpus_per_node"] is None
+    assert launcher("trainer.devices=2")["gpus_per_node"] == 2, "trainer.devices says as much as launch.devices"
 
 
 @pytest.mark.parametrize(
