@@ -29,6 +29,7 @@ from ssl.randomness import step_seed
 from ssl.sharding import clip_grad_norm, is_sharded, local
 from ssl.slow_ranks import SlowRanks
 from ssl.stopping import Agreement, StopRequests
+from ssl.unlogged import UnloggedSteps
 from ssl.watchdog import DATA, GATHER, LOG, STEP, Watchdog
 
 
@@ -81,9 +82,11 @@ class Trainer:
     scaler: Any = field(init=False)
     parallel: nn.Module = field(init=False)
     guard: StepGuard = field(init=False)
+    unlogged: UnloggedSteps = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = StepGuard(self.device, spike_deviations=self.spike_deviations)
+        self.unlogged = UnloggedSteps(self.device)
         # The fused kernel itself can leave everything as it is where a number on the device says so: no wait for it.
         fused = isinstance(self.optimizer, torch.optim.AdamW) and bool(self.optimizer.defaults.get("fused"))
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
@@ -114,8 +117,8 @@ class Trainer:
         step saved, Stopped after a signal or the deadline, and StopRun where an evaluation ends the run.
         """
         self.method.train()
-        pending: list[tuple[int, dict[str, Tensor]]] = []
         clock = _Clock()
+        timed = start_step
         agreement = Agreement()
         with StopRequests(deadline=self.deadline) as requests:
             for step in range(start_step, stop_step):
@@ -125,17 +128,16 @@ class Trainer:
                 self._beat(done, STEP)
                 lr = self.lr(step)
                 self.set_lr(self.optimizer, lr)
-                pending.append((done, self.step(batch, step)))
+                self.unlogged.add(self.step(batch, step))
                 last = done == stop_step
                 evaluating = self._evaluates_at(done)
                 verdict = None
-                if done % self.log_every_steps == 0 or last or done == start_step + 1 or evaluating:
+                if done % self.log_every_steps == 0 or last or done == 1 or evaluating:
                     self._beat(done, GATHER)
-                    metrics = self._collect(pending)
+                    metrics = self._collect()
                     self._name_slow_ranks(clock)
-                    images = global_batch_size * len(pending)
-                    metrics |= {"lr": lr, **clock.lap(images)}
-                    pending.clear()
+                    metrics |= {"lr": lr, **clock.lap(global_batch_size * (done - timed))}
+                    timed = done
                     if evaluating:
                         with self._part(OUTSIDE), self._paused("evaluating"):
                             found, verdict = self._evaluate(done)
@@ -148,6 +150,7 @@ class Trainer:
                 stopping = bool(stop_code) or verdict is not None
                 if done % self.checkpoint_every_steps == 0 or last or stopping:
                     self._check_weights(done)
+                    self.unlogged.settle()
                     saving = time.perf_counter()
                     with self._part(OUTSIDE), self._paused("saving"):
                         self.save(done, last or stopping)
@@ -344,15 +347,13 @@ class Trainer:
             return contextlib.nullcontext()
         return self.parallel.no_sync()
 
-    def _collect(self, pending: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-        """The pending steps' scalars, averaged over steps and ranks, skipped ones left out: the one place where the
-        device is waited for. `skipped_steps` counts the whole run's.
+    def _collect(self) -> dict[str, float]:
+        """The scalars of the steps since the last line, averaged over steps and ranks, skipped ones left out: the one
+        place where the device is waited for. `skipped_steps` counts the whole run's.
         """
-        names = list(pending[0][1])
-        rows = torch.stack(
-            [torch.stack([metrics[name].float() for name in names]) for _, metrics in pending]
-        )  # (steps, names)
-        rows = distributed.mean_over_ranks(rows).cpu()
+        names, rows = self.unlogged.over_ranks()
+        rows = rows.cpu()  # (steps, names)
+        self.unlogged.clear()
         skipped = rows[:, names.index("skipped")] > 0
         if skipped.any():
             self._check_row()

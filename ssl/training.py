@@ -143,6 +143,7 @@ def train(
 
     # ---- the past of this run --------------------------------------------------------------------------------------
     config_yaml = OmegaConf.to_yaml(config, resolve=True)
+    source_checksum = checksum(source)  # once: a read that fails at a later save does not make it another set
     resumed = checkpoint.resume(
         out,
         method=method,
@@ -152,7 +153,7 @@ def train(
     )
     start_step, scaler_state, latest, seconds_before = 0, {}, {}, 0.0
     began = time.perf_counter()
-    guard_state = None
+    guard_state, unlogged = None, []
     if resumed is not None:
         state, optimizer_tensors = resumed
         load_evaluations(evaluations, state.get("evaluations", {}))
@@ -169,7 +170,9 @@ def train(
             )
         tensors_to_state(optimizer, optimizer_tensors)
         start_step, scaler_state = state["step"], state["scaler"]
-        guard_state = state.get("guard")
+        guard_state, unlogged = state.get("guard"), state.get("unlogged", [])
+        if (state["num_images"], state["images"]) == (len(source), source_checksum):
+            loader.bad_list.learn({int(index): why for index, why in state.get("bad_images", {}).items()})
         latest, seconds_before = dict(state["metrics"]), state.get("train_seconds", 0.0)
         del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
     steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
@@ -216,13 +219,19 @@ def train(
     # ---- train -----------------------------------------------------------------------------------------------------
     ended: list[str] = []
 
+    def count_bad_images() -> int:  # on every rank
+        for found in distributed.from_every(loader.bad_list.news()):
+            loader.bad_list.learn(found)
+        return len(loader.bad_list.counted)
+
     def on_log(step: int, metrics: dict[str, float]) -> None:
         mfu = use.mfu(metrics["images_per_second"])
         metrics |= {} if mfu is None else {"mfu": mfu}
-        latest.update(metrics, bad_images=len(loader.bad))
+        metrics["bad_images"] = count_bad_images()
+        latest.update(metrics)
         if metrics["loss"] != metrics["loss"]:  # every step since the last line was skipped: JSON has no such number
             latest["loss"] = None
-        tracker.log(step, {"epoch": step / steps_per_epoch, **metrics, "bad_images": len(loader.bad)})
+        tracker.log(step, {"epoch": step / steps_per_epoch, **metrics})
 
     def subject(step: int) -> OnlineSubject:
         return OnlineSubject(
@@ -258,9 +267,11 @@ def train(
                 "epoch": step / steps_per_epoch,
                 "seed": config.seed,
                 "num_images": len(source),
-                "images": checksum(source),
+                "images": source_checksum,
                 "scaler": trainer.scaler.state_dict(),
                 "guard": trainer.guard.state(),
+                "unlogged": trainer.unlogged.state(),
+                "bad_images": {str(index): why for index, why in sorted(loader.bad_list.counted.items())},
                 "metrics": latest,
                 "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
                 "world_size": distributed.world_size(),
@@ -285,6 +296,7 @@ def train(
         if isinstance(average, StochasticWeightAverage) and average.ready(step) and (step == span or ended):
             shown = loader.sequential(batch_size=min(batch.device_batch_size, len(loader)))  # on every rank
             renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
+        count_bad_images()  # so that the checkpoint knows those of all ranks
         saver.save(step, final=final)
         if main and settings.pictures:
             _show(tracker, step, method, augment, few, mean=mean, std=std)
@@ -344,6 +356,7 @@ def train(
     )
     if guard_state is not None:
         trainer.guard.load(guard_state)
+    trainer.unlogged.load(unlogged)
     if scaler_state and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(scaler_state)
     try:
