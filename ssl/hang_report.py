@@ -30,6 +30,8 @@ class Report:
     """For how long it has been in this phase."""
     where: str
     """The line that its main thread is at."""
+    left: float = 0.0
+    """Seconds that it still has to finish its step."""
     paused: bool = False
     ended: bool = False
     time: float = 0.0

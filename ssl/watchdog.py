@@ -129,6 +129,7 @@ class Watchdog:
             beat.phase,
             round(time.monotonic() - beat.phase_since, 1),
             where=line_of(sys._current_frames().get(self._thread)),
+            left=round(self._allowed() - self._late(), 1),
             paused=beat.paused,
             ended=self._stopping.is_set(),
             time=time.time(),
@@ -136,6 +137,7 @@ class Watchdog:
 
     def _run(self) -> None:
         polled = time.monotonic()
+        self._prepare_stacks()
         while not self._stopping.wait(self.interval):
             now = time.monotonic()
             if now - polled > self.interval + self.timeout / 4:  # Ctrl-Z, or suspended by a scheduler
@@ -146,8 +148,7 @@ class Watchdog:
                 if late >= allowed:
                     self._end(explain([self._report()], silent={}, late=late))
                 continue
-            # From C, for the rank whose interpreter lock is held: the others end it, and its stack is in the log.
-            faulthandler.dump_traceback_later(0.75 * allowed, file=sys.__stderr__ or 2)
+            self._prepare_stacks()
             self._board.reading = late >= allowed / 2
             if self._board.verdict is not None:
                 self._end(self._board.verdict, told=distributed.local_rank() != 0)
@@ -156,8 +157,15 @@ class Watchdog:
         if self._board is not None:
             faulthandler.cancel_dump_traceback_later()
 
+    def _prepare_stacks(self) -> None:
+        """Have this rank's stacks written from C, unless this is called again in time: where the interpreter lock is
+        held, no thread of Python runs, and the others end this rank.
+        """
+        if self._board is not None:
+            faulthandler.dump_traceback_later(0.75 * self._allowed(), file=sys.__stderr__ or 2)
+
     def _ask_the_others(self, late: float) -> None:
-        """End the run, unless a rank that answers is in a pause, for which this one may be waiting."""
+        """End the run, unless this rank may be waiting for one that answers and is in a pause or still has time."""
         assert self._board is not None
         grace = max(5 * self.interval, 1.0)
         reports = self._board.fresh(within=grace)
@@ -165,7 +173,7 @@ class Watchdog:
             self._end(explain([self._report()], silent={}, late=late) + f"\n  {self._board.lost()}")
         silent = self._board.silent(self.timeout / 3, since=self._resumed, late=late)
         living = [report for report in reports if report.rank not in silent and not report.ended]
-        if any(report.paused for report in living):
+        if any(report.paused or report.left > 2 * self.interval for report in living):
             return
         text = explain(reports, silent=silent, late=late, world_size=distributed.world_size())
         if distributed.rank() == min((report.rank for report in living), default=0):
