@@ -99,6 +99,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
 def _attempt(task: Callable[[DictConfig], Any], config: DictConfig, *, catch: tuple[type[Exception], ...]) -> Ending:
     try:
         check_submitted()
+        _check_in_pod()
         result = task(config)
     except Stopped as stopped:
         return Ending(stopped.exit_code, message=str(stopped), pass_on=stopped.pass_on)
@@ -183,6 +184,15 @@ def swept_words(*, without: Container[str]) -> str:
         return ""
     words = [word for word in HydraConfig.get().overrides.task if word.split("=")[0].split(".")[0] not in without]
     return "_".join(re.sub("-+", "-", as_name(word)).strip("-") for word in words)
+
+
+def _check_in_pod() -> None:
+    """Raise ValueError where pods were described and this process is in none."""
+    if choices().get("launch") == "kubernetes" and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        raise ValueError(
+            "launch=kubernetes describes pods, and this is none: python -m launch.kubernetes with the same words prints "
+            "the manifest that makes them"
+        )
 
 
 def choices() -> dict[str, str]:
