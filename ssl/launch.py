@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,15 @@ def _run_and_restart(machines: Machines, folder: Path, settings: Any, *, out: Pa
                 _time_to_next_step(out, lost)
             agent.start()
             _look_after(agent, workers, requests, seconds=settings.shutdown_seconds)
-        ending = _Ending(workers.reports(), agent, workers.lost_at(), requests)
+        ending = Ending(
+            workers.reports(), agent.exit_codes, agent.error, workers.lost_at(), requests.number, requests.at_once
+        )
         result = ending.result()
         if not ending.is_lost:
             return result
         step = _last_step(out)
         losses = 1 if step > before else losses + 1
-        lost, before = (ending.when, step), step
+        lost, before = (ending.lost_at, step), step
         if losses > settings.max_restarts:
             raise GroupLost(
                 f"{ending.how()}; that is {losses} times since step {step}, and launch.max_restarts="
@@ -172,55 +175,59 @@ def _look_after(agent: Agent, workers: Workers, requests: _Requests, *, seconds:
             return  # they wait for other machines, and there is nobody to tell
 
 
-class _Ending:
+@dataclass(frozen=True)
+class Ending:
     """What became of the processes of one start."""
 
-    def __init__(self, reports: dict[int, Report], agent: Agent, when: float, requests: _Requests) -> None:
-        self.reports, self.agent, self.when, self.requests = reports, agent, when, requests
-
-    def result(self) -> Any:
-        """The first process's result; None where the group was lost. Raises what the processes raised."""
-        by_code: dict[int, list[Report]] = {}
-        for _, report in sorted(self.reports.items()):
-            by_code.setdefault(report.code, []).append(report)
-        if 1 in by_code:
-            _raise_mistake(by_code[1])
-        stops = [report for code, reports in by_code.items() if code not in (0, 1, LOST_CONTACT) for report in reports]
-        if self.requests.at_once:
-            raise KeyboardInterrupt
-        if stops:
-            _raise_stop(stops[0])
-        if self.requests.number:
-            _say(f"{self.how()}, while it was asked to stop; what was saved stays")
-            raise SystemExit(128 + self.requests.number)
-        if self.agent.error is not None:
-            raise ChildProcessError(f"the processes could not be started: {self.agent.error}") from self.agent.error
-        self._raise_unexplained()
-        return None if self.is_lost else self.reports[min(self.reports)].result
-
-    def _raise_unexplained(self) -> None:
-        """For a process that ended by itself with a code of its own, without a word to this one."""
-        for rank, code in sorted(self.agent.exit_codes.items()):
-            if code > 0 and code != LOST_CONTACT and rank not in self.reports:
-                raise ChildProcessError(f"rank {rank} ended with exit code {code}; what it said stands above")
+    reports: Mapping[int, Report]
+    """By rank, of those that could say how they ended."""
+    exit_codes: Mapping[int, int] = field(default_factory=dict)
+    """By rank, of those that failed; a signal's number is negative."""
+    error: Exception | None = None
+    """Why none was started."""
+    lost_at: float = 0.0
+    asked: int = 0
+    """The signal that this process was sent, 0 for none."""
+    at_once: bool = False
 
     @property
     def is_lost(self) -> bool:
-        """Whether a process was killed, or says that it lost the others."""
-        return bool(self.agent.exit_codes)
+        """Whether a process was killed, or says that it lost the others, and no process says why all shall end."""
+        return bool(self.exit_codes)
+
+    def result(self) -> Any:
+        """The first process's result; None where the group was lost. Raises what the processes ended by."""
+        mistakes = [report for _, report in sorted(self.reports.items()) if report.code == 1]
+        if mistakes:
+            _raise_mistake(mistakes)
+        if self.at_once and self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        for _, report in sorted(self.reports.items()):
+            if report.code not in (0, LOST_CONTACT) and (report.step is not None or self.asked or not self.exit_codes):
+                _raise_stop(report)  # else elastic sent the signal, because another rank is lost
+        if self.asked:
+            _say(f"ended by {signal.Signals(self.asked).name} before the processes had saved; what was saved stays")
+            raise SystemExit(128 + self.asked)
+        if self.error is not None:
+            raise ChildProcessError(f"the processes could not be started: {self.error}") from self.error
+        for rank, code in sorted(self.exit_codes.items()):
+            if 0 < code < 128 and code != LOST_CONTACT and rank not in self.reports:
+                raise ChildProcessError(f"rank {rank} ended with exit code {code}; what it said stands above")
+        return None if self.is_lost else self.reports[min(self.reports)].result
 
     def how(self) -> str:
-        """`rank 1 on node7 was killed by SIGKILL 3 s ago`, of the process that was lost first as far as it is known."""
-        ago = f"{time.time() - self.when:.1f} s ago"
-        codes = {rank: code for rank, code in self.agent.exit_codes.items() if rank not in self.reports}
-        killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-        for rank, number in sorted(killed.items()):
-            memory = ", as the system does where memory is short" if number == signal.SIGKILL else ""
-            return f"rank {rank} on {os.uname().nodename} was killed by {signal.Signals(number).name}{memory}, {ago}"
-        for rank in sorted(codes):
-            return f"rank {rank} on {os.uname().nodename} gave up, {ago}"
+        """`rank 1 on node7 was killed by SIGSEGV, 0.3 s ago`, of the process that was lost first as far as is known."""
+        here, ago = os.uname().nodename, f"{time.time() - self.lost_at:.1f} s ago"
+        silent = {rank: code for rank, code in sorted(self.exit_codes.items()) if rank not in self.reports}
+        for rank, code in silent.items():
+            if code < 0 and -code != signal.SIGTERM:  # which elastic sends to the others
+                memory = ", as the system does where memory is short" if -code == signal.SIGKILL else ""
+                return f"rank {rank} on {here} was killed by {signal.Signals(-code).name}{memory}, {ago}"
+        for rank in silent:
+            return f"rank {rank} on {here} gave up, {ago}"
         for rank, report in sorted(self.reports.items()):
-            return f"rank {rank} on {report.host} lost the others, {ago} ({report.message})"
+            if report.code == LOST_CONTACT:
+                return f"rank {rank} on {report.host} lost the others, {ago} ({report.message})"
         return f"the processes were lost, {ago}"
 
 
@@ -301,7 +308,7 @@ def _time_to_next_step(out: Path, lost: tuple[float, int]) -> None:
             time.sleep(0.2)
             done = _logged_since(out / "metrics.jsonl", when)
             if done is not None and done > step:
-                _say(f"step {done} is done {time.time() - when:.1f} s after the loss")
+                _say(f"training again: step {done} was done {time.time() - when:.1f} s after the loss")
                 return
 
     threading.Thread(target=watch, name="time to next step", daemon=True).start()

@@ -7,6 +7,7 @@ how else it ended. It prints no mistake: the parent does that, once for all rank
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -31,7 +32,13 @@ def main() -> None:
     write_whole(place / f"rank_{os.environ['RANK']}.pid", str(os.getpid()))
     task, config = read_task(place.parent)
     _end_with_parent(task.shutdown_seconds)
-    code = _attempt(place, task, config)
+    parent = os.getppid()
+    try:
+        code = _attempt(place, task, config)
+    except SystemExit as end:
+        code = _report_signal(place, end)
+    if os.getppid() != parent:
+        shutil.rmtree(place.parent, ignore_errors=True)  # nobody is there to read it
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -79,12 +86,6 @@ def _attempt(place: Path, task: Task, config: Path) -> int:
     except Stopped as stopped:
         write_report(place, code=stopped.exit_code, message=str(stopped), step=stopped.step)
         return 0  # else elastic would end the others, who may still be writing
-    except SystemExit as end:
-        if not isinstance(end.code, int) or end.code <= 128:
-            raise
-        name = signal.Signals(end.code - 128).name
-        write_report(place, code=end.code, message=f"stopped by {name} outside of training; what was saved stays")
-        return 0
     except Exception as error:
         if distributed.is_lost_contact(error):
             write_report(place, code=LOST_CONTACT, message=str(error).splitlines()[0])
@@ -92,6 +93,15 @@ def _attempt(place: Path, task: Task, config: Path) -> int:
         write_report(place, code=1, **_said(error))
         return 1
     write_report(place, code=0, result=result)
+    return 0
+
+
+def _report_signal(place: Path, end: SystemExit) -> int:
+    """Of a signal that came where no step could be saved."""
+    if not isinstance(end.code, int) or end.code <= 128:
+        raise end
+    name = signal.Signals(end.code - 128).name
+    write_report(place, code=end.code, message=f"stopped by {name} outside of training; what was saved stays")
     return 0
 
 
