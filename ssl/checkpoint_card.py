@@ -19,7 +19,10 @@ CARD, RUN = "state.json", "run.yaml"
 PARTS = ("model.safetensors", "method.safetensors", "optimizer.safetensors", "config.json", RUN)
 """Files that every checkpoint has, beside its card."""
 LARGEST_TEXT = 2**26
-"""Bytes of a card or config, beyond which it is not read: the class names of the largest sets take a hundredth."""
+"""Bytes of a card, beyond which it is not read: the class names of the largest sets take a hundredth."""
+LARGEST_CONFIG = 2**20
+"""Bytes of a run's config, which has a few thousand."""
+DEEPEST_CONFIG = 50
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -73,11 +76,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        text = read_text(path)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it has YAML aliases, which the config of a run never has")
+        text = read_text(path, most=LARGEST_CONFIG)
+        _check_yaml(text)
         config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} cannot be read as the config of a run: {_first_lines(error)}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read as the config of a run: it is a {type(config).__name__}")
@@ -90,14 +92,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, most: int = LARGEST_TEXT) -> str:
     """The text of a small file of a checkpoint or an export. Raises ValueError for links out of it and huge files."""
     stay_inside(path)
     if not path.is_file() and path.exists():
         raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
-    if size > LARGEST_TEXT:
-        raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST_TEXT:,} are read")
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes; at most {most:,} are read")
     return path.read_text(encoding="utf-8")
 
 
@@ -130,6 +132,17 @@ def statistics(values: Any, *, channels: int, where: Path) -> tuple[list[float],
     return mean, std
 
 
+def _check_yaml(text: str) -> None:
+    """Raise ValueError for what grows without bounds when it is read: aliases of aliases, nesting without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has YAML aliases, which the config of a run never has")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_CONFIG:
+            raise ValueError("it is nested too deeply")
+
+
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each value with its dotted key; keys are values too."""
     if isinstance(node, Mapping):
@@ -145,6 +158,4 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _first_lines(error: BaseException) -> str:
     """What a parser says, without the excerpt that follows."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
     return " ".join(str(error).split("\n")[:3])[:300]
