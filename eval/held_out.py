@@ -18,7 +18,9 @@ from ssl.data.loader import Loader
 from ssl.data.sources import Source
 from ssl.models.backbones import is_token_model
 from ssl.online import OnlineSubject, StopRun
-from ssl.tensor_files import load_tensors, save_tensors
+from ssl.sharding import Gathering
+from ssl.tensor_files import load_strictly, save_tensors
+from ssl.tensor_stream import TensorFile
 
 
 def classify(
@@ -104,10 +106,7 @@ class HeldOut:
         self.ended = self.worse >= self.patience or subject.last
         if not self.ended:
             return
-        best = load_tensors(self._path(self.best_step))
-        with torch.no_grad():
-            for name, tensor in method.state_dict().items():
-                tensor.copy_(best[name])
+        load_strictly(method, TensorFile(self._path(self.best_step)), self._path(self.best_step))
         raise StopRun(
             f"the held-out accuracy was highest, {self.best:.1%}, after step {self.best_step}, whose weights are kept; "
             f"ended after step {subject.step}",
@@ -140,8 +139,10 @@ def plain_loss(logits: Tensor, labels: Tensor, *, multi_label: bool) -> float:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     """Write whole or not at all, on the first rank, before any rank goes on."""
-    if distributed.is_main():
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_tensors(tensors, partial)
-        os.replace(partial, path)
+    with Gathering() as gathering:
+        whole = gathering.of(tensors)
+        if distributed.is_main():
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            save_tensors(whole, partial)
+            os.replace(partial, path)
     distributed.barrier()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssl.methods.base import Method
+from ssl.sharding import gathered_weights
 
 
 class StopRun(ValueError):
@@ -71,7 +72,8 @@ def evaluate_all(evaluations: Mapping[str, Evaluation], subject: OnlineSubject, 
     verdict: StopRun | None = None
     for evaluation in evaluations.values():
         try:
-            metrics |= evaluation(subject)
+            with gathered_weights(subject.method):  # a rank may have more batches than another
+                metrics |= evaluation(subject)
         except StopRun as stop:
             metrics |= stop.metrics
             verdict = verdict or stop
@@ -88,7 +90,8 @@ def show_start(evaluations: Mapping[str, Evaluation], subject: OnlineSubject) ->
     subject.method.eval()
     for evaluation in evaluations.values():
         if hasattr(evaluation, "begin"):
-            evaluation.begin(subject)  # pyright: ignore[reportAttributeAccessIssue]
+            with gathered_weights(subject.method):
+                evaluation.begin(subject)  # pyright: ignore[reportAttributeAccessIssue]
     subject.method.train()
 
 

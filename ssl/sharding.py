@@ -11,6 +11,7 @@ Everything here is the identity for a method that is not cut, so callers need no
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,6 +24,10 @@ from torch.distributed.tensor import DTensor
 
 import ssl.distributed as distributed
 from ssl.tensor_stream import LazyTensor, StoredTensor, whole
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor | LazyTensor]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # which have no forward of their own
 
@@ -81,8 +86,12 @@ def shard(method: nn.Module, device: torch.device) -> None:
     """Cut the parameters of `method`, which is on `device`, over all ranks: call it after all that replaces layers.
 
     Every rank must hold the same weights. Parameters are DTensors afterwards, also in the state dict; buffers stay
-    whole. Raises ValueError for parameters that are single numbers, which cannot be cut.
+    whole. One process cuts nothing, and says so. Raises ValueError for parameters that are single numbers, which cannot
+    be cut.
     """
+    if distributed.world_size() == 1:
+        log.warning("trainer.shard=full has no effect with one process, which has nobody to share with")
+        return
     single = [name for name, parameter in method.named_parameters() if parameter.ndim == 0]
     if single:
         raise ValueError(
@@ -90,7 +99,7 @@ def shard(method: nn.Module, device: torch.device) -> None:
             "take another model=, or set trainer.shard=none"
         )
     for parameter in method.parameters():
-        parameter.data = parameter.data.contiguous()
+        parameter.data = parameter.data.contiguous()  # torch cuts no others, so channels_last weights are changed back
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for block in blocks_of(method):
         fully_shard(block, mesh=mesh)
@@ -130,6 +139,18 @@ def gathered_weights(method: nn.Module) -> Iterator[None]:
         for number, part in enumerate(parts):
             part.reshard()
             part.set_reshard_after_forward(number > 0, recurse=False)  # the first is the method itself
+            _forget_forward_passes(part)
+
+
+def _forget_forward_passes(part: FSDPModule) -> None:
+    """Let the next backward pass know nothing of what ran before: torch notes the order of all forward passes, those
+    without gradients too, and gathers weights ahead of time by it. Ranks that ran apart would wait for each other.
+    """
+    state: Any = part._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]  # 2.11
+    for group in filter(None, groups):
+        group.comm_ctx.post_forward_order.clear()
+        group._post_forward_indices.clear()
 
 
 @torch.no_grad()

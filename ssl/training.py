@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
+from ssl.activation_checkpointing import checkpoint_activations
 from ssl.averaging import StochasticWeightAverage, average_note, averaged_lr, make_average, renew_statistics
 from ssl.config import plain, wrong_types
 from ssl.data.augment import Augment
@@ -38,6 +39,7 @@ from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_a
 from ssl.same_run import same_images, same_recipe
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
+from ssl.sharding import Gathering, Tensors, gathered_weights, shard
 from ssl.slow_ranks import SlowRanks
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
@@ -95,6 +97,10 @@ def train(
         distributed.sync_batchnorm(method)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _attend_by_matmul(method)
+    if settings.activation_checkpointing:
+        checkpoint_activations(method)
+    if settings.shard.name == "full":
+        shard(method, device)
 
     # ---- views -----------------------------------------------------------------------------------------------------
     with wrong_types("augment.views"):
@@ -255,13 +261,24 @@ def train(
         return evaluate_all(evaluations, subject(step), ended)
 
     def write(run_dir: Path, step: int) -> None:
+        averages = average.tensors if average is not None and average.ready(step) else None
+        with Gathering() as gathering:  # on every rank
+            weights = gathering.of(method.state_dict())
+            optimizer_tensors = gathering.of(state_to_tensors(optimizer))
+            ema = None if averages is None else gathering.of(averages)
+            if main:
+                write_whole(run_dir, step, weights, optimizer_tensors, ema)
+
+    def write_whole(
+        run_dir: Path, step: int, weights: Tensors, optimizer_tensors: Tensors, ema: Tensors | None
+    ) -> None:
         checkpoint.save(
             run_dir,
             step=step,
-            method=method,
+            method=weights,
             spec=spec,
-            optimizer_tensors=state_to_tensors(optimizer),
-            ema=average.tensors if average is not None and average.ready(step) else None,
+            optimizer_tensors=optimizer_tensors,
+            ema=ema,
             config_yaml=config_yaml,
             state={
                 "epoch": step / steps_per_epoch,
@@ -290,6 +307,7 @@ def train(
         keep_every_steps=settings.keep_every_steps,
         max_failed=settings.max_failed_saves,
         fallback=settings.fallback,
+        everywhere=True,
     )
 
     def on_save(step: int, final: bool) -> None:
@@ -298,8 +316,10 @@ def train(
             renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
         count_bad_images()  # so that the checkpoint knows those of all ranks
         saver.save(step, final=final)
-        if main and settings.pictures:
-            _show(tracker, step, method, augment, few, mean=mean, std=std)
+        if settings.pictures:
+            with gathered_weights(method):
+                if main:
+                    _show(tracker, step, method, augment, few, mean=mean, std=std)
 
     def on_failed(step: int, why: str) -> str:
         folder = out / "failed" / "checkpoints" / checkpoint.folder_name(step - 1)
