@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontro
 CPUS = {"n1": 16, "n2": 16, "n3": 2}
 """Of each node, as Slurm counts them: jobs may share the real ones."""
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:8"
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+"""States that a job stays in."""
 CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -175,28 +178,45 @@ class Slurm:
         """The names of the job's steps that are running."""
         return self._run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%j")
 
-    def release(self, job: str) -> None:
-        """Let a requeued job start now: Slurm holds it for two minutes."""
-        self._run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def requeued(self, job: str, *, seconds: float = 90) -> None:
+        """Wait until a job that ran is back in the queue. Fails at once where it ended instead."""
+        self._wait(job, lambda record: record["JobState"] == "PENDING" and record["Restarts"] != "0", seconds=seconds)
 
     def restart(self, job: str, *, seconds: float = 90) -> None:
-        """Wait until a job is requeued and let it start again."""
-        self.wait(job, "PENDING", seconds=seconds)
-        self.release(job)
+        """Wait until a job is requeued, and let it start again now: Slurm would hold it for two minutes.
 
-    def wait(self, job: str, *states: str, seconds: float = 90) -> str:
-        """Wait for one of the states; return it. Fails at once where the job ended in another one."""
-        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"} - {*states}
-        seen = ""
+        Not at once: the nodes refuse what was signed in the second in which they were told to end the job.
+        """
+        self.requeued(job, seconds=seconds)
 
+        def started(record: Mapping[str, str]) -> bool:
+            if record["JobState"] != "PENDING":
+                return True
+            if datetime.fromisoformat(record["EligibleTime"]) - datetime.now() > timedelta(seconds=10):
+                self._run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+            return False
+
+        self._wait(job, started, allowed=FINAL, seconds=30)
+
+    def wait(self, job: str, state: str, *, seconds: float = 90) -> None:
+        """Wait for a state. Fails at once where the job ended in another one."""
+        self._wait(job, lambda record: record["JobState"] == state, allowed={state}, seconds=seconds)
+
+    def _wait(
+        self,
+        job: str,
+        condition: Callable[[Mapping[str, str]], bool],
+        *,
+        seconds: float,
+        allowed: Collection[str] = (),
+    ) -> None:
         def reached() -> bool:
-            nonlocal seen
-            seen = self.show(job)["JobState"]
-            assert seen not in final, f"job {job} is {seen}, not {' or '.join(states)}\n{self.output(job)}"
-            return seen in states
+            record = self.show(job)
+            state = record["JobState"]
+            assert state in allowed or state not in FINAL, f"job {job} is {state}\n{self.output(job)}"
+            return condition(record)
 
-        wait_for(reached, f"job {job} to be {' or '.join(states)}", seconds=seconds, explain=lambda: self.output(job))
-        return seen
+        wait_for(reached, f"job {job}", seconds=seconds, explain=lambda: self.output(job))
 
     def output(self, job: str) -> str:
         """What the job has printed, and Slurm's record of it."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from submitit.slurm.slurm import SlurmExecutor
+from submitit import AutoExecutor
 
 from ssl.config import CONF, register_schemas
 from ssl.pretrain import run
@@ -162,9 +163,9 @@ def test_a_killed_rank_ends_the_job_at_once_and_it_goes_on_to_the_same_end(submi
     began = time.monotonic()
     os.kill(pids[1], signal.SIGKILL)
     (home / "hold" / "go").touch()
-    slurm.wait(job, "PENDING")
+    slurm.requeued(job)
     assert time.monotonic() - began < 60
-    slurm.release(job)
+    slurm.restart(job)
     slurm.wait(job, "COMPLETED")
     assert "a rank was lost by SIGKILL, restart 1 of 3: back into the queue" in slurm.output(job)
     assert "continuing from step 2" in slurm.output(job)
@@ -288,11 +289,12 @@ def launcher(*overrides: str) -> dict[str, Any]:
 def batch_script(*overrides: str) -> str:
     """The sbatch script that submitit makes of the launcher's settings."""
     settings = launcher(*overrides)
+    folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout")
     del settings["_target_"]
-    executor = SlurmExecutor(settings.pop("submitit_folder"), max_num_timeout=settings.pop("max_num_timeout"))
-    names = SlurmExecutor._equivalence_dict()
-    executor.update_parameters(**{names.get(key, key): value for key, value in settings.items() if value is not None})
-    return executor._make_submission_file_text("the-command", "id")
+    executor = AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
+    shared = OmegaConf.structured(BaseQueueConf).keys()  # what is Slurm's own goes by another name
+    executor.update_parameters(**{key if key in shared else f"slurm_{key}": settings[key] for key in settings})
+    return executor._executor._make_submission_file_text("the-command", "id")
 
 
 def test_one_group_describes_the_whole_job(slurm: Slurm, monkeypatch):
