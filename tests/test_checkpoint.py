@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from ssl import checkpoint
+from ssl import checkpoint, checkpoint_card, distributed
 from ssl.averaging import averaged_copy
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone, pooled_features
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
+from ssl.version import commit, project_version
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 VIT = {"name": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
@@ -138,6 +141,188 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run_dir: Path
     (run / "checkpoints" / "step_00000001" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="none is whole"):
         resume(run, method, warnings=[])
+
+
+def _make(run: Path, damage: str) -> str:
+    """Damage the newest checkpoint of a run; returns what is said of it."""
+    newest = run / "checkpoints" / "step_00000002"
+    if damage == "an empty folder":
+        shutil.rmtree(newest)
+        newest.mkdir()
+        return "state.json cannot be read"
+    if damage == "a file":
+        shutil.rmtree(newest)
+        newest.write_text("")
+        return "state.json cannot be read"
+    if damage == "of another program":
+        shutil.rmtree(newest)
+        newest.mkdir()
+        torch.save({"step": 2}, newest / "pytorch_model.bin")
+        (newest / "config.json").write_text("{}")
+        return "state.json cannot be read"
+    if damage == "half removed":
+        (newest / "state.json").unlink()
+        (newest / "config.json").unlink()
+        return "state.json cannot be read"
+    change = {
+        "another format": {"format": 99},
+        "another step": {"step": 1},
+        "no step": {"step": None},
+        "a text as step": {"step": "2"},
+        "no checksums": {"sha256": None},
+        "checksums of other types": {"sha256": {"model.safetensors": 1}},
+        "not all checksums": {"sha256": {}},
+        "no backbone": {"backbone": 3},
+    }[damage]
+    card = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(card | change))
+    return {
+        "another format": "has checkpoint format 99",
+        "another step": "its card says step 1",
+        "no backbone": "does not describe the backbone",
+    }.get(damage, "step" if "step" in damage else "lacks the checksum")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "an empty folder",
+        "a file",
+        "of another program",
+        "half removed",
+        "another format",
+        "another step",
+        "no step",
+        "a text as step",
+        "no checksums",
+        "checksums of other types",
+        "not all checksums",
+        "no backbone",
+    ],
+)
+def test_what_only_has_a_checkpoints_name_is_skipped_by_name_and_never_for_step_0(
+    run_dir: Path, tmp_path: Path, damage: str
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    said = _make(run, damage)
+    warnings: list[str] = []
+    state, _ = resume(run, made(seed=5)[0], warnings=warnings)
+    assert state["step"] == 1
+    assert len(warnings) == 1
+    assert "step_00000002" in warnings[0]
+    assert said in warnings[0]
+    shutil.rmtree(run / "checkpoints" / "step_00000001")
+    with pytest.raises(ValueError, match=r"none is whole[\s\S]*step_00000002[\s\S]*another out="):
+        resume(run, made(seed=5)[0], warnings=[])
+
+
+def test_an_older_checkpoint_that_is_damaged_is_not_looked_at(run_dir: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    (run / "checkpoints" / "step_00000001" / "model.safetensors").write_bytes(b"")
+    state, _ = resume(run, made(seed=5)[0])
+    assert state["step"] == 2
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_no_new_run(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="should hold the run's checkpoints, and cannot be read: Not a directory"):
+        resume(tmp_path, made()[0])
+
+
+@pytest.mark.parametrize("place", ["", "step_00000002", "step_00000002/state.json", "step_00000002/model.safetensors"])
+def test_what_this_user_may_not_read_is_an_error_and_no_older_checkpoint(run_dir: Path, tmp_path: Path, place: str):
+    if os.geteuid() != 0:
+        pytest.skip("changing the user needs root")
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    (run / "checkpoints" / place).chmod(0o000)
+    method = made()[0]
+    os.seteuid(65534)  # nobody
+    try:
+        with pytest.raises(ValueError, match="Permission denied"):
+            resume(run, method)
+    finally:
+        os.seteuid(0)
+
+
+def test_the_same_step_is_written_again_over_a_damaged_one(run_dir: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    (run / "checkpoints" / "step_00000002" / "method.safetensors").write_bytes(b"damaged")
+    save(run, 2, *made(seed=7))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000001", "step_00000002"}
+    method, _ = made(seed=5)
+    resume(run, method)
+    expected = made(seed=7)[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in method.state_dict().items())
+
+
+def test_an_earlier_version_of_the_code_is_warned_of_with_both_versions(run_dir: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    card = run / "checkpoints" / "step_00000002" / "state.json"
+    state = json.loads(card.read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    state["versions"] |= {"torch": "1.0.0", "commit": "0" * 40, "ssl": None}
+    card.write_text(json.dumps(state))
+    warnings: list[str] = []
+    resume(run, made(seed=5)[0], warnings=warnings)
+    assert len(warnings) == 1
+    assert f"torch 1.0.0 -> {torch.__version__}" in warnings[0]
+    assert ("commit 0000" in warnings[0]) == (commit() is not None)
+    assert "ssl None" not in warnings[0]  # what is not known is not compared
+    del state["versions"]
+    card.write_text(json.dumps(state))
+    resume(run, made(seed=5)[0])  # of before there were versions: nothing is said
+
+
+def test_the_version_is_that_of_pyproject():
+    written = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())
+    assert project_version() == written["project"]["version"]
+
+
+def _resume_on_a_rank(shared: str, own: bool) -> list[object]:
+    """(step, first weight, warnings, files hashed) of this rank, whose run folder is its own or all ranks' one."""
+    hashed: list[str] = []
+    real, checkpoint_card.sha256 = checkpoint_card.sha256, lambda path: hashed.append(path.name) or real(path)
+    method, _ = made(seed=5)
+    warnings: list[str] = []
+    try:
+        found = resume(Path(shared) / (f"rank{distributed.rank()}" if own else "run"), method, warnings=warnings)
+    except ValueError as error:
+        return [str(error)]
+    finally:
+        checkpoint_card.sha256 = real
+    weight = next(iter(method.state_dict().values())).flatten()[0].item()
+    return [None if found is None else found[0]["step"], weight, warnings, hashed]
+
+
+def test_one_rank_hashes_and_all_take_what_it_chose(run_dir: Path, tmp_path: Path, two_ranks):
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors").write_bytes(b"damaged")
+    first, second = two_ranks.run(_resume_on_a_rank, str(tmp_path), False)
+    assert first[:2] == second[:2]
+    assert first[0] == 1
+    assert "step_00000002" in first[2][0]
+    assert second[2:] == [[], []]
+    assert len(first[3]) >= 5
+
+
+def test_ranks_that_see_different_folders_are_all_told_so(run_dir: Path, tmp_path: Path, two_ranks):
+    shutil.copytree(run_dir, tmp_path / "rank0")
+    (tmp_path / "rank1").mkdir()
+    first, second = two_ranks.run(_resume_on_a_rank, str(tmp_path), True)
+    assert "rank 1 finds something else" in first[0]
+    assert "must be one folder that all ranks share" in second[0]
+    shutil.rmtree(tmp_path / "rank1")
+    (tmp_path / "rank0").rename(tmp_path / "rank1")  # now the first rank has none: no start at step 0 either
+    first, second = two_ranks.run(_resume_on_a_rank, str(tmp_path), True)
+    assert "rank 0 finds no checkpoint" in first[0]
+    assert "rank 0 finds no checkpoint" in second[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_keys(run_dir: Path):
