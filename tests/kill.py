@@ -55,7 +55,7 @@ COMMON = [
     *[f"trainer.checkpoint_every_steps={SAVE_EVERY}", "trainer.log_every_steps=3", "trainer.precision=fp32"],
     *["trainer.eval_every_epochs=3", "online.health.sample=24"],
 ]
-CLOCK = ("images_per_second", "data_wait", "mfu", "train_seconds")
+CLOCK = ("images_per_second", "data_wait", "mfu", "train_seconds", "versions")  # whose commit may change meanwhile
 """What a run tells of the time it took: in metrics.jsonl, and in a checkpoint's card."""
 WAIT = 300.0
 """Seconds that one start may take, on a busy machine."""
