@@ -30,7 +30,7 @@ from ssl.stopping import Stopped
 from tests import forks
 from tests.test_pretrain import METHODS, SHORT, composed, metrics_of
 
-SMALL = [*METHODS["simclr"], *SHORT, "trainer.precision=fp32", "trainer.pictures=false", "online=none"]
+SMALL = [*METHODS["mae"], *SHORT, "trainer.precision=fp32", "trainer.pictures=false", "online=none"]
 TWO = ["trainer.devices=2", "trainer.checkpoint_every_steps=4"]
 
 
@@ -151,7 +151,7 @@ def test_a_killed_rank_and_then_a_killed_launcher_cost_no_more_than_steps_since_
     run(composed(*SMALL, "trainer.epochs=200", f"trainer.steps={step}"), out=tmp_path / "alone")
     for together, alone in zip(metrics_of(out), metrics_of(tmp_path / "alone"), strict=True):
         assert together["step"] == alone["step"]
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_two_processes_give_back_their_result_and_leave_what_one_process_leaves(
