@@ -190,8 +190,8 @@ def _check_in_pod() -> None:
     """Raise ValueError where pods were described and this process is in none."""
     if choices().get("launch") == "kubernetes" and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise ValueError(
-            "launch=kubernetes describes pods, and this is none: python -m launch.kubernetes with the same words prints "
-            "the manifest that makes them"
+            "launch=kubernetes describes pods, and this is none; python -m launch.kubernetes with the same words "
+            "prints the manifest that makes them"
         )
 
 

@@ -324,6 +324,7 @@ class SignalWatch:
         self.sweep = sweep
         self._caught = False
         self._earlier: dict[int, Any] = {}
+        self._handling = threading.Lock()  # held while a signal is sent here, or is no longer to be
 
     def install(self) -> None:
         """Handle signals, but for those that are ignored (nohup); nothing outside the main thread."""
@@ -334,9 +335,10 @@ class SignalWatch:
 
     def remove(self) -> None:
         """Give the signals back to who had them."""
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier.clear()
+        with self._handling:
+            for number, handler in self._earlier.items():
+                signal.signal(number, handler)
+            self._earlier.clear()
 
     def __call__(self, number: int, frame: Any) -> None:
         beside = [] if self._caught or self.sweep.on_cluster else self.sweep.running_beside()
@@ -351,9 +353,11 @@ class SignalWatch:
         threading.Thread(target=self._end_after_them, args=(number,), daemon=True).start()
 
     def _end_after_them(self, number: int) -> None:
-        while self.sweep.running_beside():
+        while self._earlier and self.sweep.running_beside():
             time.sleep(0.1)
-        os.kill(os.getpid(), number)
+        with self._handling:
+            if self._earlier:
+                os.kill(os.getpid(), number)
 
 
 def from_terminal(number: int) -> bool:

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -243,10 +245,12 @@ def test_the_knn_objective_is_scikit_learns_on_images_held_out_of_train(tmp_path
     assert written["protocol"]["test"] == "not read"
 
 
-@pytest.mark.parametrize("name", ["eval.linear_probe", "eval.knn", "eval.health"])
-def test_an_evaluation_as_objective_does_not_depend_on_the_test_split(tmp_path, name):
+@pytest.mark.parametrize(("name", "num_train"), [("eval.linear_probe", 60), ("eval.knn", 120), ("eval.health", 120)])
+def test_an_evaluation_as_objective_does_not_depend_on_the_test_split(tmp_path, name, num_train):
     found = [
-        objective.judge(name, composed(), out=write_run(tmp_path / str(num_test), num_test=num_test))
+        objective.judge(
+            name, composed(), out=write_run(tmp_path / str(num_test), num_train=num_train, num_test=num_test)
+        )
         for num_test in (36, 12)
     ]
     assert found[0] == found[1] > 0
@@ -330,6 +334,37 @@ def test_sigterm_reaches_the_runs_beside_the_sweep_which_save_before_it_ends(tmp
     assert [row["state"] for row in table] == ["stopped", "stopped"]
     assert all(len(steps_saved(Path(row["out"]))) == 1 for row in table)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=10)
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_the_sweep_waits_for_runs_that_save_and_a_second_signal_does_not(tmp_path, obeys):
+    a_sweep = Sweep(tmp_path, id="a", host=socket.gethostname(), pid=os.getpid(), on_cluster=False, direction=None)
+    heard = tmp_path / "heard"
+    leave = f"rm {tmp_path}/0/outcome.json; exit" if obeys else ":"
+    (tmp_path / "run.sh").write_text(f"trap 'echo >> {heard}; {leave}' TERM\necho > {tmp_path}/ready\n")
+    with (tmp_path / "run.sh").open("a") as file:
+        file.write("while :; do sleep 0.02; done\n")
+    with subprocess.Popen(["sh", tmp_path / "run.sh"]) as child:
+        wait_for((tmp_path / "ready").exists)
+        write_outcome(a_sweep, 0, "running", pid=child.pid)
+        sweeps.begin(a_sweep)
+
+        def signals() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(heard.exists)  # the first signal was handed on, and did not end this process
+            assert a_sweep.end_code == 143
+            if not obeys:
+                os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: False, seconds=20)
+
+        try:
+            with pytest.raises(SystemExit) as end:
+                signals()
+        finally:
+            sweeps.finish()
+            child.kill()
+    assert end.value.code == 143
+    assert heard.read_text() == "\n"
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------
