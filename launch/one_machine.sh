@@ -13,7 +13,7 @@ It may be called from any folder; relative paths and runs/ are those of the fold
     NPROC=2                    start this many processes (default: one per GPU, one where there is none)
     PYTHON=...                 the interpreter (default: the repository's .venv)
 
-It is short for: PYTHONPATH=ROOT torchrun --standalone --nproc-per-node NPROC -m ssl.pretrain SETTING=VALUE ...
+It is short for: PYTHONPATH=ROOT python -m ssl.pretrain [trainer.devices=NPROC] SETTING=VALUE ...
 USAGE
 }
 
@@ -27,6 +27,4 @@ if ! command -v "$python" >/dev/null; then
     echo "$python is not there: run make setup in $root, or set PYTHON to an interpreter that has torch" >&2
     exit 1
 fi
-
-nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m ssl.pretrain "$@"
+exec "$python" -m ssl.pretrain ${NPROC:+trainer.devices="$NPROC"} "$@"
