@@ -46,10 +46,10 @@ def blocks_of(method: nn.Module) -> list[nn.Module]:
 
 def _matched_blocks(backbone: nn.Module) -> list[nn.Module]:
     matcher: Any = getattr(backbone, "group_matcher", None)
-    if matcher is None:
+    rules = None if matcher is None else matcher(coarse=False)
+    if not isinstance(rules, dict):  # some models give a function of names
         return []
-    given = matcher(coarse=False)["blocks"]
-    patterns = [re.compile(each if isinstance(each, str) else each[0]) for each in _as_list(given)]
+    patterns = [re.compile(each if isinstance(each, str) else each[0]) for each in _as_list(rules.get("blocks", []))]
     patterns = [pattern for pattern in patterns if pattern.groups]  # others name single layers, not a row of them
     found: dict[str, nn.Module] = {}
     for name, module in backbone.named_modules():
@@ -64,10 +64,11 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """The children of a module, those of a plain container in its place."""
+    """The children of a module, those of a plain container, which a model may run one by one, in its place."""
     found: list[nn.Module] = []
     for child in module.children():
-        found += _children(child) if isinstance(child, CONTAINERS) else [child] * _is_block(child)
+        is_plain = isinstance(child, CONTAINERS) or type(child) is nn.Sequential
+        found += _children(child) if is_plain else [child] * _is_block(child)
     return found
 
 
