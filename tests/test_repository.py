@@ -131,10 +131,10 @@ def test_ssl_imports_nothing_of_eval() -> None:
     assert [path for path, module in _imports("ssl") if module.split(".")[0] in ("eval", "tests", "benchmarks")] == []
 
 
-def test_only_distributed_and_the_trainer_touch_torch_distributed() -> None:
+def test_only_files_about_processes_touch_torch_distributed() -> None:
     touching = {path.relative_to(ROOT) for path, module in _imports(*CODE) if module.startswith("torch.distributed")}
     touching |= {path.relative_to(ROOT) for path, module in _imports(*CODE) if module.startswith("torch.nn.parallel")}
-    assert touching <= {Path("ssl/distributed.py"), Path("ssl/trainer.py")}
+    assert touching <= {Path(f"ssl/{name}.py") for name in ("distributed", "trainer", "sharding", "elastic")}
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
