@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -159,7 +159,7 @@ def _close_crews() -> None:
         crew.close()
 
 
-def run_ahead(jobs: Iterable[Job], *, num_threads: int, ahead: int) -> Iterator[Any]:
+def run_ahead(jobs: Iterable[Job], *, num_threads: int, ahead: int) -> Generator[Any, None, None]:
     """Yield each job's result in order while the threads work on up to `ahead` jobs after it.
 
     At most `ahead` + 1 jobs exist beside the one that the consumer holds. Threads start at the first result asked for
