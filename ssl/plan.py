@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +22,24 @@ def flops_per_image(method: Method, augment: nn.Module, batch: Batch) -> float:
     Multiply-adds count as two. A frozen backbone goes forward only, and what little the heads on it add does not count.
     `batch` is a small one from the loader; statistics of normalisation layers are left alone.
     """
+    views = augment(batch)
+    return step_flops(method, lambda: method(views)) / len(batch["index"])
+
+
+@torch.no_grad()
+def step_flops(method: Method, forward: Callable[[], Any]) -> float:
+    """The operations of a training step whose forward pass is `forward`, which is called once, with `method` in eval
+    mode.
+    """
     was_training = method.training
     method.eval()
     try:
-        views = augment(batch)
         with FlopCounterMode(display=False) as counter:
-            method(views)
+            forward()
     finally:
         method.train(was_training)
     trained = any(parameter.requires_grad for parameter in without_classifier(method.backbone))
-    return (3.0 if trained else 1.0) * counter.get_total_flops() / len(batch["index"])
+    return (3.0 if trained else 1.0) * counter.get_total_flops()
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

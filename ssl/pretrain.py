@@ -23,9 +23,10 @@ from ssl.data.image_size import choose_image_size
 from ssl.data.subset import limit
 from ssl.launch import launch
 from ssl.methods.base import Method
-from ssl.models.backbones import build_backbone
+from ssl.models.backbones import BackboneSpec, build_backbone
 from ssl.objective import check_objective, find_objective
 from ssl.run_lock import RunLock
+from ssl.run_plan import plan_run
 from ssl.sweeps import Outcome
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
@@ -59,17 +60,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
 
     # ---- model and method ------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    backbone, spec = build_backbone(
-        config.model.name,
-        image_size=image_size,
-        in_chans=data.channels,
-        patch_size=config.model.patch_size,
-        stem=config.model.stem.name,
-        stem_side=_stem_side(plain(config.method), image_size),
-        drop_path=config.model.drop_path,
-        model_args=plain(config.model.args),
-    )
-    method: Method = build(config.method, backbone=backbone, image_size=image_size, in_chans=data.channels)
+    method, spec = make_method(config, image_size)
     images = Images(
         source,
         channels=data.channels,
@@ -98,6 +89,22 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     return metrics
 
 
+def make_method(config: DictConfig, image_size: tuple[int, int]) -> tuple[Method, BackboneSpec]:
+    """The method that `config` names, with its backbone, for images of (height, width) pixels."""
+    in_chans = config.data.channels
+    backbone, spec = build_backbone(
+        config.model.name,
+        image_size=image_size,
+        in_chans=in_chans,
+        patch_size=config.model.patch_size,
+        stem=config.model.stem.name,
+        stem_side=_stem_side(plain(config.method), image_size),
+        drop_path=config.model.drop_path,
+        model_args=plain(config.model.args),
+    )
+    return build(config.method, backbone=backbone, image_size=image_size, in_chans=in_chans), spec
+
+
 def main() -> None:
     """The command line."""
     register_schemas()
@@ -109,6 +116,10 @@ def _task(config: DictConfig) -> Outcome:
     default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
     out = run_folder(default, config.out)
     check(config, PretrainConfig)
+    if config.trainer.plan:
+        if distributed.is_main():
+            print(plan_run(config, out=out, make_method=make_method).describe())
+        return Outcome({}, out)
     check_objective(config)
     metrics = launch(config, run=lambda: run(config, out=out), command="ssl.pretrain", out=out)
     return Outcome(metrics, out, find_objective(config, metrics, out=out) if distributed.is_main() else None)
