@@ -20,7 +20,6 @@ from ssl.checkpoint_card import read_config, read_state
 from ssl.config import CONF, build, plain
 from ssl.data.embedded import Embedded
 from ssl.data.loader import Loader
-from ssl.data.subset import limit
 from ssl.data.views import make_views
 from ssl.failed_step import FailedStep, read_failed_step, write_failed_step
 from ssl.methods.base import Batch, Method
@@ -34,7 +33,12 @@ from ssl.tensor_files import load_tensors, save_tensors, sha256
 from ssl.trainer import NotFinite
 from tests.test_pretrain import METHODS, SHORT, composed, metrics_of
 
-MAE_WORDS = METHODS["mae"]
+FEW = [
+    "data.source.num_train=48",
+    "data.source.num_test=36",
+    "trainer.eval_every_epochs=null",
+    "trainer.pictures=false",
+]
 
 
 def replay(failed: Path, *overrides: str) -> dict:
@@ -95,7 +99,7 @@ def photos(tmp_path_factory) -> Path:
 
 def ended(out: Path, method: str, *words: str) -> Path:
     """A run of one of this file's methods that ends for its bad steps; the folder that it names."""
-    words = (*MAE_WORDS, f"method._target_=tests.test_replay.{method}", *SHORT, "trainer.max_bad_steps=1", *words)
+    words = (*METHODS["mae"], f"method._target_=tests.test_replay.{method}", *SHORT, "trainer.max_bad_steps=1", *words)
     with pytest.raises(NotFinite) as error:
         pretrain(composed(*words), out=out)
     return Path(re.search(rf"{re.escape(str(out))}/failed\S*step_\d+", str(error.value))[0])
@@ -150,7 +154,7 @@ def test_a_damaged_batch_is_refused(broken: Path, tmp_path: Path):
 
 
 def test_precision_is_named_where_the_step_is_finite_without_it(tmp_path: Path):
-    folder = ended(tmp_path / "run", "NeedsPrecision", "data.limit=16", "trainer.precision=bf16")
+    folder = ended(tmp_path / "run", "NeedsPrecision", *FEW, "trainer.precision=bf16")
     result = replay(folder, "trust=[tests]")
     half, full = result["outcomes"]
     assert (half["precision"], full["precision"]) == ("bf16", "fp32")
@@ -181,14 +185,14 @@ def test_weights_that_were_not_finite_are_told_apart(broken: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_good_step_done_again_gives_the_loss_and_gradient_that_the_run_logged(tmp_path: Path, kind: str):
-    words = [*METHODS[kind], *SHORT, "trainer.device_batch_size=8", "trainer.precision=fp32"]
+    words = [*METHODS[kind], *SHORT, *FEW, "trainer.device_batch_size=8", "trainer.precision=fp32"]
     words += ["trainer.checkpoint_every_steps=2", "trainer.steps=3", "trainer.clip_grad_norm=1e9"]
     words += ["model.drop_path=0.2"] if kind == "mae" else []
     words += ["method.dropout=0.5"] if kind == "relative_location" else []
     config = composed(*words)
     pretrain(config, out=tmp_path / "run")
     folder = dict(steps_saved(tmp_path / "run"))[2]
-    source = limit(Embedded("train"), 48, seed=0)
+    source = Embedded("train", num_train=48, num_test=36)
     method = method_of(folder)
     loader = Loader(
         source,
