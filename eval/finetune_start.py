@@ -25,6 +25,8 @@ from ssl.models.classifier import make_classifier, put_weights
 
 def check_settings(config: DictConfig) -> None:
     """Raise ValueError for settings that do not go together, or would have no effect."""
+    if config.trainer.plan:
+        raise ValueError("trainer.plan=true has no effect on fine-tuning; only python -m ssl.pretrain can be planned")
     if config.ckpt == "pixels":
         raise ValueError("ckpt=pixels has no backbone to fine-tune; give a checkpoint, or ckpt=random model=<preset>")
     if config.ckpt in BASELINES and config.model is None:

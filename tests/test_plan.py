@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from eval.config import register
+from eval.finetune import FinetuneConfig
+from eval.finetune_start import check_settings
 from ssl.activation_checkpointing import checkpoint_activations
 from ssl.chips import MEMORY, PEAKS, memory_gib
-from ssl.config import check_trainer, plain
+from ssl.config import CONF, check_trainer, plain
 from ssl.data.views import make_views
 from ssl.methods.base import Batch, Method
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
@@ -239,6 +243,14 @@ def test_images_that_are_not_here_need_their_number():
 def test_settings_of_a_plan_are_refused_without_one(words, message):
     with pytest.raises(ValueError, match=message):
         check_trainer(composed(*METHODS["mae"], *words).trainer)
+
+
+def test_fine_tuning_refuses_to_be_planned():
+    register(FinetuneConfig)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("finetune", overrides=["ckpt=random", "model=vit_t", "data=embedded", "trainer.plan=true"])
+    with pytest.raises(ValueError, match=r"trainer.plan=true has no effect on fine-tuning"):
+        check_settings(config)
 
 
 def test_a_chip_that_is_not_known_is_refused_with_those_that_are():
