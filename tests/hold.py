@@ -43,8 +43,8 @@ def wait(folder: Path) -> None:
         held.with_suffix(".partial").rename(held)
         end = time.monotonic() + SECONDS
         while time.monotonic() < end and not (folder / "go").exists():
-            if select.select([receive], [], [], 0.05)[0]:
-                return
+            if select.select([receive], [], [], 0.05)[0] and set(os.read(receive, 64)) != {signal.SIGCONT}:
+                return  # Slurm sends a SIGCONT before each signal of its own
     finally:
         signal.set_wakeup_fd(earlier)
         os.close(receive)
