@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl.checkpoint_card import read_config
 from ssl.config import plain
-from ssl.data.sources import Source, checksum
 
 FREE = (
     "out",
@@ -82,11 +81,11 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
         )
 
 
-def same_images(state: Mapping[str, Any], source: Source, out: Path) -> None:
-    """Raise ValueError where the run was trained on other images than the data's root holds now."""
-    if (state["num_images"], state["images"]) != (len(source), checksum(source)):
+def same_images(state: Mapping[str, Any], images: tuple[int, int], where: str, out: Path) -> None:
+    """Raise ValueError where the run was trained on other images, by number and checksum, than `where` holds now."""
+    if (state["num_images"], state["images"]) != images:
         raise ValueError(
-            f"{out} holds a run on other images ({state['num_images']:,}; {source.name} has {len(source):,}); "
+            f"{out} holds a run on other images ({state['num_images']:,}; {where} has {images[0]:,}); "
             "give another out= for a new run, or accept_changes=true to continue on these"
         )
 

@@ -27,19 +27,19 @@ from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
 from ssl.durations import seconds_of
 from ssl.failed_step import FailedStep, write_failed_step
-from ssl.methods.base import Batch, Method
+from ssl.methods.base import Method
 from ssl.models.backbones import BackboneSpec, is_token_model
-from ssl.online import Evaluation, OnlineSubject, StopRun, evaluate_all, load_evaluations, show_start
-from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors, tensors_to_state
-from ssl.pictures import reconstruction_panel, views_panel
+from ssl.online import Evaluation, OnlineSubject, evaluate_all, show_start
+from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors
+from ssl.past import take_up
 from ssl.plan import describe_plan, flops_per_image, utilization
 from ssl.profile_report import write_summary
 from ssl.profiling import Profile, StepProfiler, is_profiled
 from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
-from ssl.same_run import same_images, same_recipe
+from ssl.run_pictures import RunPictures, first_images
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
-from ssl.sharding import Gathering, Tensors, gathered_weights, shard
+from ssl.sharding import Gathering, Tensors, shard
 from ssl.slow_ranks import SlowRanks
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
@@ -150,44 +150,25 @@ def train(
     # ---- the past of this run --------------------------------------------------------------------------------------
     config_yaml = OmegaConf.to_yaml(config, resolve=True)
     source_checksum = checksum(source)  # once: a read that fails at a later save does not make it another set
-    resumed = checkpoint.resume(
-        out,
-        method=method,
-        ema=None if average is None else average.tensors,
-        warn=log.warning,
-        check=lambda folder: None if config.accept_changes else same_recipe(config, folder, schema),
-    )
-    start_step, scaler_state, latest, seconds_before = 0, {}, {}, 0.0
     began = time.perf_counter()
-    guard_state, unlogged = None, []
-    if resumed is not None:
-        state, optimizer_tensors = resumed
-        load_evaluations(evaluations, state.get("evaluations", {}))
-        if not config.accept_changes:
-            same_images(state, source, out)
-        if state.get("ended"):
-            if not config.accept_changes or state["step"] >= stop_step:
-                raise StopRun(state["ended"])
-            log.warning("going on with a run that was ended: %s", state["ended"])
-        if state.get("world_size", distributed.world_size()) != distributed.world_size() and method.depends_on_ranks:
-            log.warning(
-                "the run had %d ranks and has %d now: what it does within a rank's batch goes on with other batches",
-                *(state["world_size"], distributed.world_size()),
-            )
-        tensors_to_state(optimizer, optimizer_tensors)
-        start_step, scaler_state = state["step"], state["scaler"]
-        guard_state, unlogged = state.get("guard"), state.get("unlogged", [])
-        if (state["num_images"], state["images"]) == (len(source), source_checksum):
-            loader.bad_list.learn({int(index): why for index, why in state.get("bad_images", {}).items()})
-        latest, seconds_before = dict(state["metrics"]), state.get("train_seconds", 0.0)
-        del resumed, optimizer_tensors  # a second copy of the optimizer's state, not needed while training
-    steps = distributed.all_gather(torch.tensor([start_step], device=device)).tolist()
-    if len(set(steps)) > 1:
-        raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
+    past = take_up(
+        config,
+        out,
+        schema=schema,
+        method=method,
+        average=average,
+        optimizer=optimizer,
+        images=(len(source), source_checksum),
+        where=source.name,
+        evaluations=evaluations,
+        stop_step=stop_step,
+    )
+    start_step, latest = past.step, past.metrics
+    loader.bad_list.learn(past.bad_images)
 
     # ---- what this run will be, in words ---------------------------------------------------------------------------
     main = distributed.is_main()
-    few = _first_images(loader, device, count=8)
+    few = first_images(loader, device, count=8)
     # On every rank: it runs the method forward, where contrastive losses wait for the others.
     flops = flops_per_image(method, augment, few)
     plan = describe_plan(method, flops, stop_step=stop_step, steps_per_epoch=steps_per_epoch)
@@ -290,7 +271,7 @@ def train(
                 "unlogged": trainer.unlogged.state(),
                 "bad_images": {str(index): why for index, why in sorted(loader.bad_list.counted.items())},
                 "metrics": latest,
-                "train_seconds": round(seconds_before + time.perf_counter() - began, 2),
+                "train_seconds": round(past.seconds + time.perf_counter() - began, 2),
                 "world_size": distributed.world_size(),
                 "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
                 "ended": ended[0] if ended else None,
@@ -300,6 +281,7 @@ def train(
             std=std,
         )
 
+    pictures = RunPictures(tracker, method, augment, few, mean, std)
     saver = Saver(
         out,
         write,
@@ -317,9 +299,7 @@ def train(
         count_bad_images()  # so that the checkpoint knows those of all ranks
         saver.save(step, final=final)
         if settings.pictures:
-            with gathered_weights(method):
-                if main:
-                    _show(tracker, step, method, augment, few, mean=mean, std=std)
+            pictures.show(step)
 
     def on_failed(step: int, why: str) -> str:
         folder = out / "failed" / "checkpoints" / checkpoint.folder_name(step - 1)
@@ -374,11 +354,11 @@ def train(
         watchdog=watchdog,
         slow_ranks=SlowRanks() if distributed.world_size() > 1 else None,
     )
-    if guard_state is not None:
-        trainer.guard.load(guard_state)
-    trainer.unlogged.load(unlogged)
-    if scaler_state and trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(scaler_state)
+    if past.guard is not None:
+        trainer.guard.load(past.guard)
+    trainer.unlogged.load(past.unlogged)
+    if past.scaler and trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(past.scaler)
     try:
         if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
             with watchdog.paused("evaluating"):
@@ -434,27 +414,3 @@ def _statistics_note(batch: BatchArithmetic, method: Method) -> str:
     if batch.accumulation == 1 or not norms:
         return ""
     return f"; BatchNorm's statistics are those of each part of {batch.device_batch_size} images"
-
-
-def _first_images(loader: Loader, device: torch.device, *, count: int) -> Batch:
-    """The first images of the set, as the method sees them in epoch 0."""
-    batches = loader.sequential(batch_size=min(count, len(loader)))
-    batch = next(iter(batches))
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    return to_device(batch, device)
-
-
-def _show(
-    tracker: Tracker, step: int, method: Method, augment: Augment, few: Batch, *, mean: list[float], std: list[float]
-) -> None:
-    """Pictures of what the method sees, and of what it makes of it where it makes something."""
-    training = method.training
-    method.eval()  # so that pictures draw no random numbers and move no statistics
-    with torch.no_grad():
-        batch = augment(few)
-        tracker.images(step, "views", views_panel(batch["views"], mean=mean, std=std))
-        reconstruct = getattr(method, "reconstruct", None)
-        if reconstruct is not None:
-            panels = reconstruct(batch["views"][0], batch["noise"])
-            tracker.images(step, "reconstructions", reconstruction_panel(panels, mean=mean, std=std))
-    method.train(training)
