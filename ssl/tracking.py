@@ -107,7 +107,7 @@ class Tracker:
         with _shown_if_possible():
             self._progress.close()
         self._file.close()
-        upload = self._wandb.close()
+        upload = self._wandb.close(stopped=sys.exc_info()[0] is not None)  # on the way out, by a signal or an error
         if upload is not None:
             self.say(f"to upload this run to wandb: {upload}")
 

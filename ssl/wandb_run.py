@@ -28,6 +28,7 @@ INIT_SECONDS = 30  # for a connection; wandb's own default is 90, before it rais
 START_SECONDS = 180  # for all of the start, which the run does not wait for
 CALL_SECONDS = 60  # for one row or picture, which the run does not wait for
 FINISH_SECONDS = 60  # that the end of a run waits, at most
+STOPPED_SECONDS = 10  # that it waits where it was stopped or failed: a scheduler kills it soon
 KILLED_SECONDS = 5  # and then for what is left of a service that was killed
 MOST_WAITING = 1000  # rows and pictures that wait for wandb; later ones are dropped and counted
 
@@ -99,17 +100,20 @@ class Wandb:
 
         self._add(step, send)
 
-    def close(self) -> str | None:
-        """Finish within FINISH_SECONDS; returns the command that uploads the rest later, None where there is none."""
+    def close(self, *, stopped: bool = False) -> str | None:
+        """Finish within FINISH_SECONDS, within STOPPED_SECONDS where the run was `stopped`; returns the command that
+        uploads the rest later, None where there is none.
+        """
         thread, self._thread = self._thread, None
         if thread is None or os.getpid() != self._process:  # a fork has no thread
             return None
         with self._changed:
             self._closing = True
             self._changed.notify()
-        thread.join(FINISH_SECONDS)
+        seconds = min(FINISH_SECONDS, STOPPED_SECONDS) if stopped else FINISH_SECONDS
+        thread.join(seconds)
         if thread.is_alive():
-            self._give_up(f"was not finished after {FINISH_SECONDS} s")
+            self._give_up(f"was not finished after {seconds} s")
             thread.join(KILLED_SECONDS)
         for key, value in self._environment.items():
             os.environ.pop(key, None)
