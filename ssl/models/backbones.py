@@ -16,6 +16,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ssl.models import families as _families  # noqa: F401  registers what timm does not have
 from ssl.models.described import check_described
 
 STEMS = ("standard", "small", "padded")  # padded: small with a padding of 2, as solo-learn builds it for CIFAR
