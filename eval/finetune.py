@@ -25,7 +25,7 @@ from eval.config import EvalDataConfig, register
 from eval.extract import centre_view
 from eval.finetune_start import check_settings, check_start, divide, make_model, started_from
 from eval.finetuning import FineTuning, describe
-from eval.held_out import HeldOut, classify
+from eval.held_out import NAME, HeldOut, classify
 from eval.mixing import Mixing
 from eval.results import environment, open_folder, write_results
 from eval.scores import details, headline
@@ -145,7 +145,7 @@ def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone |
                 ),
                 device=device,
                 dtype=dtype,
-                evaluations={**evaluations, **({"held_out": watch} if watch else {})},
+                evaluations={**evaluations, **({NAME: watch} if watch else {})},
                 next_command=None,
                 card={
                     "started_from": started_from(loaded),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import ssl.distributed as distributed
 from eval.extract import Features, centre_view, extract_all
 from eval.finetuning import FineTuning, plain_logits
 from eval.scores import headline
+from ssl.checkpoint import read_state, steps_saved
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.sources import Source
@@ -21,6 +23,9 @@ from ssl.online import OnlineSubject, StopRun
 from ssl.sharding import Gathering
 from ssl.tensor_files import load_strictly, save_tensors
 from ssl.tensor_stream import TensorFile
+
+NAME = "held_out"
+"""Its name among a run's evaluations."""
 
 
 def classify(
@@ -73,7 +78,6 @@ class HeldOut:
     def __init__(self, source: Source, *, folder: Path, patience: int | None, **shown: Any) -> None:
         self.source, self.folder, self.patience, self.shown = source, folder, patience, shown
         self.best, self.best_step, self.worse, self.ended = -1.0, 0, 0, False
-        self._told = 0  # the best step that the last checkpoint knows of
 
     def __call__(self, subject: OnlineSubject) -> dict[str, float]:
         method = subject.method
@@ -117,17 +121,25 @@ class HeldOut:
         return self.folder / f"best_{step:08d}.safetensors"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps. Weights that neither it nor the one before it knows of are removed."""
-        for path in self.folder.glob("best_*.safetensors"):
-            if path not in (self._path(self.best_step), self._path(self._told)):
-                path.unlink(missing_ok=True)
-        self._told = self.best_step
+        """What a checkpoint keeps. Weights that neither it nor any checkpoint that is there knows of are removed."""
+        if distributed.is_main():
+            self._remove_unknown()
         return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "ended": self.ended}
 
     def load(self, state: dict[str, Any]) -> None:
         """What a checkpoint kept."""
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
-        self.ended, self._told = state["ended"], state["best_step"]
+        self.ended = state["ended"]
+
+    def _remove_unknown(self) -> None:
+        # This checkpoint may fail to be written: then the run goes on from an earlier one, and needs its weights.
+        known = {self._path(self.best_step)}
+        for _, checkpoint in steps_saved(self.folder):
+            with contextlib.suppress(ValueError, KeyError):  # a damaged one that no run goes on from
+                known.add(self._path(read_state(checkpoint)["evaluations"][NAME]["best_step"]))
+        for path in self.folder.glob("best_*.safetensors"):
+            if path not in known:
+                path.unlink(missing_ok=True)
 
 
 def plain_loss(logits: Tensor, labels: Tensor, *, multi_label: bool) -> float:
@@ -138,11 +150,18 @@ def plain_loss(logits: Tensor, labels: Tensor, *, multi_label: bool) -> float:
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write whole or not at all, on the first rank, before any rank goes on."""
+    """Write whole or not at all, on the first rank, before any rank goes on. Raises OSError on all where it cannot."""
+    problem = None
     with Gathering() as gathering:
         whole = gathering.of(tensors)
         if distributed.is_main():
             partial = path.with_name(f".{path.name}.{os.getpid()}")
-            save_tensors(whole, partial)
-            os.replace(partial, path)
-    distributed.barrier()
+            try:
+                save_tensors(whole, partial)
+                os.replace(partial, path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                problem = f"the best weights so far could not be written to {path}: {error.strerror}"
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        raise OSError(f"{problem}; make room, then run the same command again: it goes on from the last checkpoint")
