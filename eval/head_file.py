@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.heads import Standardizer
+from ssl.checkpoint_card import read_text, stay_inside
+from ssl.tensor_files import load_tensors, match_keys
 from ssl.tensor_files import sha256 as sha256_of
 
 FORMAT = 1
@@ -117,8 +119,8 @@ def load_head(folder: str | Path) -> Head:
     """Read what `save_head` wrote. Raises ValueError where it is none of ours, damaged, or of another format."""
     folder = Path(folder).expanduser()
     try:
-        card = json.loads((folder / CARD).read_text())
-    except (OSError, ValueError) as error:
+        card = json.loads(read_text(folder / CARD))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} holds no head: {CARD} cannot be read ({error})") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT or card.get("kind") != "linear":
         got = (card.get("format"), card.get("kind")) if isinstance(card, dict) else type(card).__name__
@@ -127,9 +129,11 @@ def load_head(folder: str | Path) -> Head:
     if missing:
         raise ValueError(f"{folder} is not a whole head: {CARD} lacks {', '.join(missing)}; probe the backbone again")
     path = folder / WEIGHTS
+    stay_inside(path)
     if not path.is_file() or sha256_of(path) != card["head_sha256"]:
         raise ValueError(f"{folder} is damaged: {WEIGHTS} is not what was written; probe the backbone again")
-    tensors = load_file(path)
+    tensors = load_tensors(path)
+    match_keys(("weight", "bias"), tensors, folder, advice="probe the backbone again")
     _check_tensors(tensors["weight"], tensors["bias"], card["classes"], what=str(folder))
     return Head(
         weight=tensors["weight"],

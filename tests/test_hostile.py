@@ -20,6 +20,7 @@ from torch import nn
 
 from eval import export, features, finetune, health, knn
 from eval.config import register
+from eval.head_file import load_head, save_head
 from eval.splits import data_settings
 from ssl import checkpoint
 from ssl.checkpoint_card import read_config, read_state, verify
@@ -129,6 +130,25 @@ def test_a_link_out_of_an_export_is_not_followed(run_dir: Path, tmp_path: Path):
             checkpoint.load_backbone(out)
         (out / name).unlink()
         shutil.move(tmp_path / name, out / name)
+
+
+def test_a_head_that_leads_out_of_its_folder_or_lacks_tensors_is_refused(tmp_path: Path):
+    features = {"layer": "last", "pooling": "model"}
+    about = {"classes": ["a", "b"], "checkpoint": "runs/x", "sha256": "0", "features": features, "image_size": (32, 32)}
+    folder = save_head(tmp_path / "head", weight=torch.ones(2, 3), bias=torch.ones(2), **about)
+    save_file({"weight": torch.ones(2, 3)}, folder / "head.safetensors")
+    card = json.loads((folder / "head.json").read_text())
+    card["head_sha256"] = sha256(folder / "head.safetensors")
+    (folder / "head.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"1 tensors are missing from it \(bias\)"):
+        load_head(folder)
+    for name in ("head.safetensors", "head.json"):
+        shutil.move(folder / name, tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(ValueError, match="is not followed"):
+            load_head(folder)
+        (folder / name).unlink()
+        shutil.move(tmp_path / name, folder / name)
 
 
 def test_a_pipe_under_the_name_of_a_file_is_not_waited_for(run_dir: Path):

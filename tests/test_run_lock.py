@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from ssl import run_lock
+from ssl.checkpoint import steps_saved
+from ssl.pretrain import run
 from ssl.run_lock import NAME, RunLock
+from tests.test_pretrain import METHODS, SHORT, composed
 
 QUICK = {"beat": 0.02, "silent": 0.2}
 
@@ -248,3 +251,18 @@ def test_all_ranks_are_refused_alike(tmp_path: Path, two_ranks):
     finally:
         end(*holder)
     assert two_ranks.run(_enter_held_folder, str(tmp_path)) == ["entered", "entered"]
+
+
+def test_a_pretraining_run_holds_its_folder_and_lets_it_go(tmp_path: Path):
+    out = tmp_path / "run"
+    words = [*METHODS["simclr"], *SHORT, "trainer.steps=2"]
+    holder = hold(out)
+    try:
+        with pytest.raises(ValueError, match=f"process {holder[0]} on .*Give another out="):
+            run(composed(*words), out=out)
+        assert [path.name for path in out.iterdir()] == [NAME]  # not a word was written into the other's folder
+    finally:
+        end(*holder)
+    run(composed(*words), out=out)
+    assert steps_saved(out)[-1][0] == 2
+    assert not (out / NAME).exists()

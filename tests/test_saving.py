@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.held_out import HeldOut
 from ssl import checkpoint
+from ssl.data.embedded import Embedded
 from ssl.methods.simclr import SimCLR
 from ssl.models.backbones import build_backbone
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
@@ -324,6 +327,21 @@ def test_all_ranks_learn_the_outcome_and_end_together(tmp_path: Path, two_ranks)
     assert first == second
     assert first[:2] == ["False", "False"]
     assert checkpoint.load_backbone(first[3]).step == 3
+
+
+def test_the_best_weights_that_a_checkpoint_knows_of_outlive_saves_that_fail(tmp_path: Path):
+    write(tmp_path, 3)
+    card = checkpoint.steps_saved(tmp_path)[0][1] / "state.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"evaluations": {"held_out": {"best_step": 3}}}))
+    watch = HeldOut(Embedded("train", num_train=4), folder=tmp_path, patience=2)
+    for best in (3, 6, 9):  # two saves more, which fail once their state was asked for
+        (tmp_path / f"best_{best:08d}.safetensors").touch()
+        watch.best_step = best
+        watch.state()
+    assert sorted(path.name for path in tmp_path.glob("best_*")) == [
+        "best_00000003.safetensors",
+        "best_00000009.safetensors",
+    ]
 
 
 class AtWarning(logging.Handler):
