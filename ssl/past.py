@@ -17,6 +17,7 @@ from ssl.averaging import Average
 from ssl.methods.base import Method
 from ssl.online import Evaluation, StopRun, load_evaluations
 from ssl.optim import tensors_to_state
+from ssl.rank_dependence import rank_dependence
 from ssl.same_run import same_images, same_recipe
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,7 @@ def take_up(
                 raise StopRun(state["ended"])
             log.warning("going on with a run that was ended: %s", state["ended"])
         num_before = state.get("world_size", distributed.world_size())
-        if num_before != distributed.world_size() and method.depends_on_ranks:
-            log.warning(
-                "the run had %d ranks and has %d now: what it does within a rank's batch goes on with other batches",
-                *(num_before, distributed.world_size()),
-            )
+        _warn_of_ranks(method, config, then=num_before, now=distributed.world_size())
         tensors_to_state(optimizer, optimizer_tensors)
         known = (state["num_images"], state["images"]) == images
         past = Past(
@@ -94,3 +91,12 @@ def take_up(
     if len(set(steps)) > 1:
         raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
     return past
+
+
+def _warn_of_ranks(method: Method, config: DictConfig, *, then: int, now: int) -> None:
+    otherwise = rank_dependence(method, config.trainer, then=then, now=now) if then != now else []
+    if otherwise and distributed.is_main():
+        log.warning(
+            "the run had %d ranks and has %d now; it goes on otherwise than it would have: %s",
+            *(then, now, "; ".join(otherwise)),
+        )
