@@ -374,21 +374,28 @@ def at_warning() -> Iterator[Callable[[int, Callable[[], None]], AtWarning]]:
 WORDS = [*METHODS["simclr"], *SHORT, "trainer.steps=8", "trainer.checkpoint_every_steps=2", "trainer.pictures=false"]
 
 
-def test_a_run_on_a_full_disk_recovers_and_ends_with_the_same_weights(disk: Disk, tmp_path: Path, at_warning):
-    run(composed(*WORDS), out=tmp_path / "undisturbed")
-    needed = size_of(checkpoint.steps_saved(tmp_path / "undisturbed")[-1][1])
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(composed(*WORDS), out=out)
+    return out
+
+
+def test_a_run_on_a_full_disk_recovers_and_ends_with_the_same_weights(disk: Disk, undisturbed: Path, at_warning):
+    needed = size_of(checkpoint.steps_saved(undisturbed)[-1][1])
     out = disk.path / "run"
     disk.resize(needed // 2)  # the logs have room, a checkpoint has none
     heard = at_warning(2, lambda: disk.resize(4 * needed))
     run(composed(*WORDS), out=out)
     assert len(heard.messages) == 2
     assert [step for step, _ in checkpoint.steps_saved(out)] == [6, 8]
-    assert_equal_runs(out, tmp_path / "undisturbed")
+    assert_equal_runs(out, undisturbed)
 
 
-def test_a_run_whose_disk_stays_full_ends_elsewhere_and_goes_on_from_there(disk: Disk, tmp_path: Path, at_warning):
-    run(composed(*WORDS), out=tmp_path / "undisturbed")
-    needed = size_of(checkpoint.steps_saved(tmp_path / "undisturbed")[-1][1])
+def test_a_run_whose_disk_stays_full_ends_elsewhere_and_goes_on_from_there(
+    disk: Disk, undisturbed: Path, tmp_path: Path
+):
+    needed = size_of(checkpoint.steps_saved(undisturbed)[-1][1])
     out = disk.path / "run"
     disk.resize(needed // 2)
     words = [*WORDS, f"trainer.fallback={tmp_path / 'elsewhere'}"]
@@ -398,4 +405,4 @@ def test_a_run_whose_disk_stays_full_ends_elsewhere_and_goes_on_from_there(disk:
     disk.resize(4 * needed)
     subprocess.run(["sh", "-c", str(raised.value).splitlines()[-1]], check=True)
     run(composed(*words), out=out)
-    assert_equal_runs(out, tmp_path / "undisturbed")
+    assert_equal_runs(out, undisturbed)
