@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,6 +63,9 @@ class Sweep:
     on_cluster: bool
     """Whether its runs are jobs of a scheduler, which live on without the process that submitted them."""
     direction: str | None
+    """What an optimizing sweeper does with the objective, maximize or minimize."""
+    swept: tuple[str, ...]
+    """The settings in which its runs differ."""
 
     @property
     def name(self) -> str:
@@ -255,15 +259,15 @@ def report(sweep: Sweep) -> int:
         return code
     path = sweep.folder / RESULTS
     full_table(outcomes).write(path)
-    print(f"\n{short_table(outcomes).text()}\n")
+    print(f"\n{short_table(outcomes, sweep.swept).text()}\n")
     best = best_of(outcomes, sweep.direction)
     if best is not None:
-        words = shlex.join(_swept(best, outcomes))
+        words = shlex.join(_swept(best, sweep.swept))
         print(f"best: run {best['run']}, objective {best['objective']:.6g}: {words}")
     print(f"written: {path}", flush=True)
     failed = [each for each in outcomes if each["state"] not in (DONE, RUNNING, STOPPED)]
     if failed:
-        lines = "\n  ".join(f"run {each['run']}, {shlex.join(_swept(each, outcomes))}" for each in failed)
+        lines = "\n  ".join(f"run {each['run']}, {shlex.join(_swept(each, sweep.swept))}" for each in failed)
         print(f"{len(failed)} of the sweep's runs failed:\n  {lines}", file=sys.stderr, flush=True)
     if code and sweep.on_cluster:
         jobs = sorted({each["job"].partition("_")[0] for each in outcomes if each["state"] == RUNNING})
@@ -291,12 +295,11 @@ def full_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     return Table(columns, rows)
 
 
-def short_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
+def short_table(outcomes: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> Table:
     """What differs between the runs, and what came of it, for a terminal."""
     whole = full_table(outcomes)
     values = {name: [row[place] for row in whole.rows] for place, name in enumerate(whole.columns)}
-    keys = whole.columns[1 : whole.columns.index("objective")]
-    shown = [key for key in keys if len(set(values[key])) > 1 or len(outcomes) == 1]
+    shown = [key for key in swept if key in values]
     shown += [name for name in ("objective", *HEADLINES) if any(value is not None for value in values.get(name, []))]
     values["message"] = [_first_line(message) for message in values["message"]]
     last = ["message"] if any(values["message"]) else []
@@ -417,6 +420,15 @@ def _open(config: DictConfig) -> Sweep:
         pid=os.getpid(),
         on_cluster=str(config.hydra.launcher._target_).endswith("SlurmLauncher"),
         direction=direction if isinstance(direction, str) else None,
+        swept=tuple(_swept_keys(config)),
+    )
+
+
+def _swept_keys(config: DictConfig) -> list[str]:
+    typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    chosen = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return list(
+        dict.fromkeys([*map(str, chosen), *(each.get_key_element() for each in typed if each.is_sweep_override())])
     )
 
 
@@ -443,13 +455,9 @@ def _by_key(overrides: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _swept(outcome: Mapping[str, Any], outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of a run's overrides those that not all runs have; all of a single run."""
-    return [
-        word
-        for word in outcome["overrides"]
-        if len(outcomes) == 1 or any(word not in each["overrides"] for each in outcomes)
-    ]
+def _swept(outcome: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Of a run's overrides those that not all runs have."""
+    return [word for word in outcome["overrides"] if word.partition("=")[0] in keys]
 
 
 def _first_line(message: str | None) -> str | None:

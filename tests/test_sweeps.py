@@ -115,8 +115,8 @@ def test_the_runs_of_a_sweep_share_a_group_of_wandb_unless_one_is_given(monkeypa
 
 
 def test_a_run_that_was_killed_is_a_row_and_fails_the_sweep(tmp_path, capsys):
-    a_sweep = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=False, direction=None)
-    other = Sweep(tmp_path, id="b", host="here", pid=1, on_cluster=False, direction=None)
+    a_sweep = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=False, direction=None, swept=("seed",))
+    other = Sweep(tmp_path, id="b", host="here", pid=1, on_cluster=False, direction=None, swept=("seed",))
     for number, (owner, state) in enumerate([(a_sweep, "done"), (a_sweep, "running"), (other, "failed")]):
         write_outcome(owner, number, state)
     assert sweeps.report(a_sweep) == 1
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_is_a_row_and_fails_the_sweep(tmp_path, capsys):
 
 
 def test_runs_in_a_queue_go_on_without_the_sweep_and_are_not_failures(tmp_path, capsys):
-    submitted = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=True, direction=None)
+    submitted = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=True, direction=None, swept=("seed",))
     write_outcome(submitted, 0, "running", job="17_0")
     assert sweeps.report(submitted) == 0
     submitted.end(130)
@@ -338,7 +338,9 @@ def test_sigterm_reaches_the_runs_beside_the_sweep_which_save_before_it_ends(tmp
 
 @pytest.mark.parametrize("obeys", [True, False])
 def test_the_sweep_waits_for_runs_that_save_and_a_second_signal_does_not(tmp_path, obeys):
-    a_sweep = Sweep(tmp_path, id="a", host=socket.gethostname(), pid=os.getpid(), on_cluster=False, direction=None)
+    a_sweep = Sweep(
+        tmp_path, id="a", host=socket.gethostname(), pid=os.getpid(), on_cluster=False, direction=None, swept=("seed",)
+    )
     heard = tmp_path / "heard"
     leave = f"rm {tmp_path}/0/outcome.json; exit" if obeys else ":"
     (tmp_path / "run.sh").write_text(f"trap 'echo >> {heard}; {leave}' TERM\necho > {tmp_path}/ready\n")
@@ -381,7 +383,7 @@ def test_processes_beside_each_other_share_all_devices_evenly(num, at_once):
 
 
 def test_a_process_keeps_its_share_of_the_devices_and_no_other_takes_it(tmp_path, monkeypatch):
-    a_sweep = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=False, direction=None)
+    a_sweep = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=False, direction=None, swept=("seed",))
     shares = []
     for _ in range(2):  # as two processes: each has its own lock
         monkeypatch.setattr(sweeps, "_share", None)
