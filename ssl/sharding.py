@@ -33,15 +33,19 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # which have no forward of their ow
 
 
 def blocks_of(method: nn.Module) -> list[nn.Module]:
-    """The layers that a method runs one after the other: its backbone's blocks, and repeated ones in its heads.
+    """The layers that a method runs one after the other: its backbone's blocks, and rows of them in its heads, as MAE's
+    decoder.
 
     A backbone's are what timm's `group_matcher` tells apart, or else its children. None contains another.
     """
     backbone: nn.Module = method.backbone  # pyright: ignore[reportAssignmentType]
-    of_backbone = _matched_blocks(backbone) or _children(backbone)
+    found = _matched_blocks(backbone) or _children(backbone)
     inside = set(backbone.modules())
-    heads = [module for module in method.modules() if module not in inside]
-    return of_backbone + [block for module in heads if _repeats(module) for block in module.children()]
+    for module in method.modules():
+        if module not in inside and _is_row(module):
+            found += module.children()
+            inside |= set(module.modules())
+    return found
 
 
 def _matched_blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -76,11 +80,12 @@ def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, CONTAINERS) and any(True for _ in module.parameters())
 
 
-def _repeats(module: nn.Module) -> bool:
-    """Whether a module is a row of equal layers."""
+def _is_row(module: nn.Module) -> bool:
+    """Whether a module is a row of layers of one kind, each made of several."""
     layers = list(module.children())
-    is_row = isinstance(module, nn.Sequential | nn.ModuleList) and len(layers) > 1
-    return is_row and len({type(layer) for layer in layers}) == 1 and any(_is_block(layer) for layer in layers)
+    if not isinstance(module, nn.Sequential | nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
+        return False
+    return all(_is_block(layer) and any(True for _ in layer.children()) for layer in layers)
 
 
 def shard(method: nn.Module, device: torch.device) -> None:
