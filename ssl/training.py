@@ -201,7 +201,7 @@ def train(
             f"{arithmetic}; {schedule.describe()}{average_note(average, settings)}",
             recipe_table(rows),
         ]
-        print("\n".join(announcement), flush=True)
+        tracker.say("\n".join(announcement))
 
     # ---- train -----------------------------------------------------------------------------------------------------
     ended: list[str] = []
@@ -375,7 +375,7 @@ def train(
         if main:
             was = "was already complete" if start_step >= stop_step else "is complete"
             what_next = f"\nnext: {next_command}" if next_command else ""
-            print(f"the run {was} at step {max(start_step, stop_step)}: {out}{what_next}", flush=True)
+            tracker.say(f"the run {was} at step {max(start_step, stop_step)}: {out}{what_next}")
     finally:
         if profiler is not None:
             profiler.close()
