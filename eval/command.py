@@ -20,7 +20,7 @@ from eval.results import write_results
 from eval.subject import Judged, read_features
 from ssl.command import run_command
 from ssl.config import check
-from ssl.sweeps import Outcome
+from ssl.sweep import Outcome
 
 Score = Callable[[DictConfig, Judged], tuple[dict[str, float], dict[str, Any], str]]
 """From what is judged to (metrics, settings for the protocol, how it is called in the printed line).

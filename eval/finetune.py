@@ -39,7 +39,7 @@ from ssl.models.classifier import freeze, pooling_name
 from ssl.online import Evaluation, StopRun
 from ssl.recipe import fit_batch
 from ssl.run_lock import RunLock
-from ssl.sweeps import Outcome
+from ssl.sweep import Outcome
 from ssl.trainer import choose_dtype, dtype_name
 from ssl.training import Images, train
 from ssl.watchdog import group_timeout

@@ -30,7 +30,9 @@ from ssl.plugin_defaults import register_plugin_defaults
 from ssl.ranks import adopt_slurm
 from ssl.slurm_settings import check_submitted, register_resolvers
 from ssl.stopping import LOST_CONTACT, TIME_IS_UP, Stopped
-from ssl.sweeps import Outcome, Sweep
+from ssl.sweep import FAILED, STOPPED, Outcome, Sweep, state_of
+from ssl.sweep_devices import take_devices
+from ssl.sweep_signals import sigterm_raises
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 USAGE_ERROR = 2
@@ -65,7 +67,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
         if sweep is not None:
             return _run_of_sweep(task, config, sweep)
         ending = _attempt(task, config, catch=(ValueError, OSError, RuntimeError))
-        if ending.message:
+        if ending.message and not distributed.is_said_by_first(ending.message):
             _say(ending.message)
         ending.pass_on()
         if ending.code:
@@ -121,12 +123,12 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
     if sweep.end_code and not sweep.on_cluster:
         return None
     if sweep.is_above:
-        sweeps.take_devices(sweep, at_once=HydraConfig.get().launcher.get("n_jobs", 1))
+        take_devices(sweep, at_once=HydraConfig.get().launcher.get("n_jobs", 1))
     if "wandb" in config and config.wandb.group is None:
         config.wandb.group = sweep.name
     job = sweeps.open_job(sweep)
     try:
-        with sweeps.sigterm_raises():
+        with sigterm_raises():
             ending = _attempt(task, config, catch=(Exception,))
     except SystemExit as end:  # the signal came where no run was training, or a launcher of ours says how it ended
         code = end.code if isinstance(end.code, int) else 1
@@ -134,9 +136,9 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
             raise
         ending = Ending(code)
     except BaseException as error:
-        job.tell(sweeps.FAILED, message=f"error: {type(error).__name__}: {error}")
+        job.tell(FAILED, message=f"error: {type(error).__name__}: {error}")
         raise
-    job.tell(sweeps.state_of(ending.code), message=ending.message, outcome=ending.outcome)
+    job.tell(state_of(ending.code), message=ending.message, outcome=ending.outcome)
     if ending.message:
         _say(ending.message)
     if ending.outcome is not None:
@@ -144,7 +146,7 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
     if sweep.on_cluster and ending.code not in (0, 1, TIME_IS_UP):  # the job's script may put it in the queue again
         ending.pass_on()
         raise SystemExit(ending.code)
-    if sweeps.state_of(ending.code) == sweeps.STOPPED:
+    if state_of(ending.code) == STOPPED:
         ending.pass_on()
         sweep.end(ending.code)
         if not sweep.is_above:

@@ -27,7 +27,7 @@ from ssl.models.backbones import BackboneSpec, build_backbone
 from ssl.objective import check_objective, find_objective
 from ssl.run_lock import RunLock
 from ssl.run_plan import plan_run
-from ssl.sweeps import Outcome
+from ssl.sweep import Outcome
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
 from ssl.watchdog import group_timeout

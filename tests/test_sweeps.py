@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from sklearn.neighbors import KNeighborsClassifier
 
 import ssl.pretrain as pretrain
+import ssl.sweep_devices as sweep_devices
 import ssl.sweeps as sweeps
 from eval import knn, objective
 from eval.command import start as start_evaluation
@@ -29,7 +30,8 @@ from ssl.command import run_command
 from ssl.config import CONF, register_schemas
 from ssl.data.subset import split_held_out
 from ssl.objective import check_objective
-from ssl.sweeps import Sweep
+from ssl.sweep import Sweep
+from ssl.sweep_table import report
 from tests import forks
 from tests.run_folder import write_images, write_run
 
@@ -119,7 +121,7 @@ def test_a_run_that_was_killed_is_a_row_and_fails_the_sweep(tmp_path, capsys):
     other = Sweep(tmp_path, id="b", host="here", pid=1, on_cluster=False, direction=None, swept=("seed",))
     for number, (owner, state) in enumerate([(a_sweep, "done"), (a_sweep, "running"), (other, "failed")]):
         write_outcome(owner, number, state)
-    assert sweeps.report(a_sweep) == 1
+    assert report(a_sweep) == 1
     assert [(row["run"], row["state"]) for row in rows(tmp_path)] == [("0", "done"), ("1", "lost")]
     assert "run 1, seed=1" in capsys.readouterr().err
 
@@ -127,9 +129,9 @@ def test_a_run_that_was_killed_is_a_row_and_fails_the_sweep(tmp_path, capsys):
 def test_runs_in_a_queue_go_on_without_the_sweep_and_are_not_failures(tmp_path, capsys):
     submitted = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=True, direction=None, swept=("seed",))
     write_outcome(submitted, 0, "running", job="17_0")
-    assert sweeps.report(submitted) == 0
+    assert report(submitted) == 0
     submitted.end(130)
-    assert sweeps.report(submitted) == 130
+    assert report(submitted) == 130
     assert "scancel 17 ends them" in capsys.readouterr().err
 
 
@@ -375,7 +377,7 @@ def test_the_sweep_waits_for_runs_that_save_and_a_second_signal_does_not(tmp_pat
 @pytest.mark.parametrize(("num", "at_once"), [(8, 2), (8, 3), (4, 4), (2, 5), (1, 3)])
 def test_processes_beside_each_other_share_all_devices_evenly(num, at_once):
     devices = [f"GPU-{number}" for number in range(num)]
-    shares = [sweeps.share_of(devices, slot, at_once) for slot in range(at_once)]
+    shares = [sweep_devices.share_of(devices, slot, at_once) for slot in range(at_once)]
     assert sorted({each for share in shares for each in share}) == devices
     times = [sum(device in share for share in shares) for device in devices]
     assert max(times) - min(times) <= 1
@@ -386,12 +388,12 @@ def test_a_process_keeps_its_share_of_the_devices_and_no_other_takes_it(tmp_path
     a_sweep = Sweep(tmp_path, id="a", host="here", pid=1, on_cluster=False, direction=None, swept=("seed",))
     shares = []
     for _ in range(2):  # as two processes: each has its own lock
-        monkeypatch.setattr(sweeps, "_share", None)
+        monkeypatch.setattr(sweep_devices, "_share", None)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-        sweeps.take_devices(a_sweep, at_once=2)
-        sweeps.take_devices(a_sweep, at_once=2)  # its next run
-        assert sweeps._share is not None
-        shares.append((os.environ["CUDA_VISIBLE_DEVICES"], sweeps._share))
+        sweep_devices.take_devices(a_sweep, at_once=2)
+        sweep_devices.take_devices(a_sweep, at_once=2)  # its next run
+        assert sweep_devices._share is not None
+        shares.append((os.environ["CUDA_VISIBLE_DEVICES"], sweep_devices._share))
     assert [each for each, _ in shares] == ["0,2", "1,3"]
     for _, lock in shares:
         lock.close()
