@@ -121,6 +121,25 @@ def barrier() -> None:
         dist.barrier()
 
 
+def is_said_by_first(words: str, *, seconds: float = 2.0) -> bool:
+    """Whether the first rank ends with the same words as this one, so that they need not be printed again.
+
+    Every rank that ends with words asks; no collective is needed, which another rank might not take part in. The first
+    rank is waited for `seconds`: it may not end at all.
+    """
+    if not dist.is_initialized():
+        return False
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if is_main():
+            store.set(f"said/{words}", "")
+            return False
+        store.wait([f"said/{words}"], timedelta(seconds=seconds))
+        return True
+    except RuntimeError:  # it has not answered, or is gone with its process
+        return False
+
+
 def all_gather(x: Tensor) -> Tensor:
     """Join `x` of all ranks in rank order: (B, ...) on each to (W*B, ...) on all. B must be the same everywhere.
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ssl.launch_files import Task, read_task, write_report, write_whole
@@ -84,11 +85,12 @@ def _attempt(place: Path, task: Task, config: Path) -> int:
         result = _run(task, config)
         distributed.stop()
     except Stopped as stopped:
+        distributed.stop()
         write_report(place, code=stopped.exit_code, message=str(stopped), step=stopped.step)
         return 0  # else elastic would end the others, who may still be writing
     except Exception as error:
         if distributed.is_lost_contact(error):
-            write_report(place, code=LOST_CONTACT, message=str(error).splitlines()[0])
+            write_report(place, code=LOST_CONTACT, message=shorten(str(error), 160))
             return LOST_CONTACT
         write_report(place, code=1, **_said(error))
         return 1

@@ -280,3 +280,19 @@ def test_the_pool_tells_why_a_rank_failed_and_goes_on() -> None:
         pool.run(_die)
     assert time.monotonic() - began < 100
     pool.close()
+
+
+def _last_words(words: list[str]) -> tuple[bool, float]:
+    began = time.monotonic()
+    return distributed.is_said_by_first(words[distributed.rank()], seconds=1.0), time.monotonic() - began
+
+
+def _words_of_the_second_alone() -> bool:
+    return distributed.rank() == 1 and distributed.is_said_by_first("I alone", seconds=0.2)
+
+
+def test_ranks_that_end_with_the_same_words_leave_them_to_the_first(two_ranks: Pool) -> None:
+    assert [said for said, _ in two_ranks.run(_last_words, ["no such file"] * 2)] == [False, True]
+    assert [said for said, _ in two_ranks.run(_last_words, ["no such file", "no such GPU"])] == [False, False]
+    assert two_ranks.run(_words_of_the_second_alone) == [False, False]
+    assert not distributed.is_said_by_first("of one process")
