@@ -14,7 +14,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from ssl.durations import seconds_of
 
@@ -39,6 +40,21 @@ def check_submitted() -> None:
             "launch=slurm describes a Slurm job, and this is none: submit it by -m hydra/launcher=slurm, or by "
             "sbatch launch/slurm.sbatch, which has these settings in its head"
         )
+
+
+def check_launcher(config: DictConfig) -> None:
+    """Raise ValueError where a sweep's jobs cannot be what `launch` says. Hydra would show a traceback."""
+    if config.hydra.runtime.choices.get("hydra/launcher") != "slurm":
+        return
+    if "launch" not in config:
+        raise ValueError(
+            "hydra/launcher=slurm reads the settings of a job from `launch`, which this command does not have; "
+            "ssl.pretrain, eval.finetune and eval.linear_probe do"
+        )
+    try:
+        OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    except InterpolationResolutionError as error:
+        raise ValueError(str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]) from error
 
 
 def _minutes(time: Any) -> int:

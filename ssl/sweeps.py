@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ssl.objective import check_direction
+from ssl.slurm_settings import check_launcher
 from ssl.sweep import OUTCOME, RUNNING, Job, Sweep
 from ssl.sweep_signals import SignalWatch
 from ssl.sweep_table import report
@@ -40,6 +41,7 @@ class SweepCallback(Callback):
         """Begin the sweep, in the process that starts it. What is no SystemExit Hydra keeps."""
         try:
             check_direction(config)
+            check_launcher(config)
             self.sweep = _open(config)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -4,8 +4,8 @@
         job = slurm.submit("launch/slurm.sbatch", "method=mae", cwd=ROOT)
         slurm.wait(job, "COMPLETED")
 
-Partition `main` has the nodes n1 and n2. Partitions `low` and `high` share n3, where a job of `high` preempts one of
-`low`. There is no accounting (slurmdbd).
+Partition `main` has the nodes n1 and n2. Partitions `low`, `spot` and `high` share n3, where a job of `high` preempts
+one of `low` after a time of grace and one of `spot` at once. There is no accounting (slurmdbd).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=n[1-2] Default=YES PriorityTier=1
 PartitionName=low Nodes=n3 PriorityTier=1 GraceTime={grace}
+PartitionName=spot Nodes=n3 PriorityTier=1
 PartitionName=high Nodes=n3 PriorityTier=10 PreemptMode=OFF
 """
 

@@ -246,12 +246,15 @@ def test_slurms_clock_is_read():
 
 
 ASLEEP = "trap : TERM; srun sleep 60; {python} -m ssl.slurm $?"
+FIRST_TIME_OF_THE_FIRST = "[ $SLURM_ARRAY_TASK_ID$SLURM_RESTART_COUNT = 0 ]"
 CRASHING = "srun bash -c 'kill -SEGV $$'; {python} -m ssl.slurm $? --max-restarts=1"
 
 
-def wrapped(slurm: Slurm, script: str, home: Path) -> str:
+def wrapped(slurm: Slurm, script: str, home: Path, *words: str) -> str:
     """A job of a shell script that finds `ssl`."""
-    return slurm.wrap(f"export PYTHONPATH={ROOT}; {script.format(python=sys.executable)}", "--requeue", home=home)
+    return slurm.wrap(
+        f"export PYTHONPATH={ROOT}; {script.format(python=sys.executable)}", "--requeue", *words, home=home
+    )
 
 
 def test_a_job_that_a_person_cancels_stays_cancelled(slurm: Slurm, tmp_path: Path):
@@ -270,6 +273,24 @@ def test_a_job_that_crashes_again_and_again_ends_and_says_so(slurm: Slurm, tmp_p
     slurm.wait(job, "FAILED")
     assert slurm.show(job)["ExitCode"] == f"{128 + signal.SIGSEGV}:0"
     assert "a rank was lost by SIGSEGV after 1 restarts (launch.max_restarts=1)" in slurm.output(job)
+
+
+def test_a_job_of_an_array_runs_again_alone(slurm: Slurm, tmp_path: Path):
+    array = wrapped(slurm, f"{FIRST_TIME_OF_THE_FIRST} || exit 0; {CRASHING}", tmp_path, "--array=0-1")
+    slurm.restart(f"{array}_0")
+    slurm.wait(f"{array}_0", "COMPLETED")
+    slurm.wait(f"{array}_1", "COMPLETED")
+    assert [slurm.show(f"{array}_{number}")["Restarts"] for number in (0, 1)] == ["1", "0"]
+
+
+def test_a_job_that_slurm_preempts_at_once_is_requeued_by_slurm_alone(slurm: Slurm, tmp_path: Path):
+    job = wrapped(slurm, ASLEEP, tmp_path, "--partition=spot")
+    wait_for(lambda: "sleep" in slurm.steps(job), "the job's step", seconds=30)
+    slurm.wait(slurm.wrap("true", "--partition=high", "--exclusive", home=tmp_path), "COMPLETED")
+    slurm.requeued(job)
+    assert "ended by Slurm; it comes back where it was preempted" in slurm.output(job)
+    assert slurm.show(job)["Restarts"] == "1"
+    slurm.cancel(job)
 
 
 def test_a_job_that_may_not_be_requeued_says_how_to_go_on(slurm: Slurm, tmp_path: Path):
