@@ -28,6 +28,7 @@ from ssl.launch_files import Report, Task, Workers, read_task, write_report, wri
 from ssl.pretrain import run
 from ssl.stopping import Stopped
 from tests import forks
+from tests.run_folder import write_run
 from tests.test_pretrain import METHODS, SHORT, composed, metrics_of
 
 SMALL = [*METHODS["mae"], *SHORT, "trainer.precision=fp32", "trainer.pictures=false", "online=none"]
@@ -187,6 +188,26 @@ def test_a_mistake_that_all_ranks_share_is_said_once(start: Callable[..., Launch
     assert launched.said.count("global_batch_size between 1 and 48") == 1
     assert "Traceback" not in launched.said
     assert list(launched.places.glob("ssl_launch_*")) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "written"),
+    [
+        ("eval.finetune", ["recipe=simclr", "trainer.device=cpu"], "finetune/simclr/seed0/eval/finetune.json"),
+        ("eval.linear_probe", ["protocol=mae", "device=cpu"], "eval/linear_probe_mae.json"),
+    ],
+)
+def test_evaluations_that_train_do_so_on_two_processes(
+    start: Callable[..., Launched], tmp_path: Path, command: str, words: list[str], written: str
+):
+    judged = write_run(tmp_path / "run")
+    words = [f"ckpt={judged}", *words, "trainer.devices=2", "trainer.steps=1", "trainer.global_batch_size=8"]
+    launched = start(*words, "trainer.pictures=false", "wandb.mode=disabled", command=command)
+    assert launched.code() == 0, launched.said
+    assert "global batch 8 = 2 ranks x 4 images" in launched.said
+    result = json.loads((judged / written).read_text())
+    assert 0 <= result["metrics"]["top1"] <= 1
+    assert launched.said.count("written: ") == 1
 
 
 # ---- processes that are caught while they start: no torch is loaded, so these are quick ------------------------------
