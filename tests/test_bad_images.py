@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import threading
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import ssl.distributed as distributed
+from ssl.checkpoint import read_state, steps_saved
 from ssl.data.bad_images import BadImages, BadList
 from ssl.data.folder import Folder
 from ssl.data.loader import Loader
 from ssl.data.parquet import Parquet
 from ssl.data.sources import Source
 from ssl.data.views import make_views
+from ssl.pretrain import run
 from tests.image_list import ImageList
+from tests.test_pretrain import METHODS, composed, metrics_of, weights_of
 
 NUM = 30
 VIEWS = make_views([{"count": 1, "scale": [0.3, 1.0], "flip": 0.5}])
@@ -142,8 +148,6 @@ def test_a_bad_image_shows_an_image_that_is_good_and_its_slot_keeps_its_index(tm
 
 
 def test_a_bomb_is_refused_without_its_memory(tmp_path: Path):
-    import tracemalloc
-
     source = ImageList([bomb(), *(encoded(number) for number in range(9))])
     tracemalloc.start()
     bad = loader(source)
@@ -245,3 +249,95 @@ def test_the_fraction_limits_what_is_learnt_too():
     bad.learn({3: "image_3: broken", 4: "image_4: broken"})
     with pytest.raises(BadImages, match=r"3 of 100 images .*data\.max_bad_fraction=0\.02(.|\n)*image_3: broken"):
         bad.learn({3: "image_3: broken", 9: "image_9: broken"})
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+RUN = [
+    *METHODS["mae"],
+    *["data=parquet", "data.image_size=32", "data.in_memory_gib=0", "data.max_bad_fraction=0.3", "online=none"],
+    *["trainer.global_batch_size=10", "trainer.epochs=2", "trainer.device=cpu", "trainer.precision=fp32"],
+    *["trainer.checkpoint_every_steps=2", "trainer.log_every_steps=1", "trainer.keep_last=9", "trainer.pictures=false"],
+    *["wandb.mode=disabled", "launch=none"],
+]
+
+
+def known(out: Path, step: int) -> set[int]:
+    """The bad images that the checkpoint of `step` knows."""
+    folder = dict(steps_saved(out))[step]
+    return {int(index) for index in read_state(folder)["bad_images"]}
+
+
+def test_a_run_counts_what_its_steps_met_and_a_resume_goes_on_counting_and_reads_none_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = [*RUN, f"data.root={table(tmp_path / 'set')}"]
+    run(composed(*words, "loader.threads=3", "loader.prefetch=3"), out=tmp_path / "uncut")
+    counts = [line["bad_images"] for line in metrics_of(tmp_path / "uncut")]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == len(BAD)
+    assert [len(known(tmp_path / "uncut", step)) for step in (2, 4, 6)] == [counts[step - 1] for step in (2, 4, 6)]
+
+    run(composed(*words, "loader.threads=1", "trainer.steps=2"), out=tmp_path / "cut")
+    before = known(tmp_path / "cut", 2)
+    reads: list[int] = []
+    read = Parquet.read
+
+    def recorded(self: Parquet, index: int) -> bytes:
+        if threading.current_thread().name.startswith("loader-"):  # not the look at sizes and checksum at the start
+            reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(Parquet, "read", recorded)
+    run(composed(*words, "loader.threads=2"), out=tmp_path / "cut")
+    assert before
+    assert reads
+    assert not before & set(reads)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "uncut")
+    assert known(tmp_path / "cut", 6) == set(BAD)
+    for name, tensors in weights_of(tmp_path / "uncut").items():
+        assert all(tensor.equal(weights_of(tmp_path / "cut")[name][key]) for key, tensor in tensors.items())
+
+
+def run_together(words: list[str], out: Path) -> str:
+    """Run on this rank of a pool, whose ranks stay together; what ended it."""
+    stop, distributed.stop = distributed.stop, lambda: None
+    try:
+        run(composed(*words), out=out)
+    except BadImages as error:
+        return str(error)
+    finally:
+        distributed.stop = stop
+    return "complete"
+
+
+def test_two_ranks_count_together_what_one_counts(two_ranks, tmp_path: Path):
+    words = [*RUN, f"data.root={table(tmp_path / 'set')}", "loader.threads=1"]
+    run(composed(*words), out=tmp_path / "one")
+    assert two_ranks.run(run_together, words, tmp_path / "two") == ["complete"] * 2
+    ours, theirs = ([line["bad_images"] for line in metrics_of(tmp_path / name)] for name in ("one", "two"))
+    assert ours == theirs
+    for step in (2, 4, 6):
+        assert known(tmp_path / "one", step) == known(tmp_path / "two", step)
+
+
+def test_the_fraction_limits_what_all_ranks_found_together_and_ends_them_all(two_ranks, tmp_path: Path):
+    root = tmp_path / "set"
+    root.mkdir()
+    images = [b"no picture" if number in (3, 8, 13, 21) else encoded(number) for number in range(40)]
+    pq.write_table(pa.table({"image": images}), root / "train.parquet")
+    words = [*RUN, f"data.root={root}", "loader.threads=1", "loader.prefetch=0", "trainer.epochs=1"]
+    words += ["trainer.global_batch_size=20", f"data.max_bad_fraction={3 / 40}"]
+    said = two_ranks.run(run_together, words, tmp_path / "run")
+    assert all(f"4 of 40 images of parquet {root}" in each for each in said)
+    assert all(f"row {number}: no image that can be read" in said[1] for number in (3, 8, 13, 21))
+
+
+def test_a_folder_that_lost_a_file_is_another_set_to_a_resume(tmp_path: Path):
+    source = folder(tmp_path / "set")
+    words = [*RUN, f"data.root={tmp_path / 'set'}", "loader.threads=1"]
+    words[words.index("data=parquet")] = "data=folder"
+    run(composed(*words, "trainer.steps=2"), out=tmp_path / "run")
+    Path(source.describe(0)).unlink()
+    with pytest.raises(ValueError, match=r"other images \(30; .* has 29\).*accept_changes=true"):
+        run(composed(*words), out=tmp_path / "run")
