@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+import ssl.sweeps as sweeps
 from ssl.checkpoint import steps_saved
 from ssl.data.threads import available_cores
 from ssl.elastic import Agent, Machines
@@ -83,7 +84,15 @@ def find_machines(config: DictConfig) -> Machines | None:
     devices = num_devices(config.trainer.device.name, devices)
     if settings.nodes > 1:
         return _several_machines(settings.nodes, devices)
-    return None if devices == 1 else Machines(devices)
+    return None if devices == 1 and not _is_beside_others() else Machines(devices)
+
+
+def _is_beside_others() -> bool:
+    """Whether this process is one of joblib's, which takes the runs in the others with it when it is lost: then the run
+    gets a process of its own, and its loss is no other's.
+    """
+    sweep = sweeps.current()
+    return sweep is not None and sweep.is_above
 
 
 def num_devices(device: str, devices: int | None) -> int:
