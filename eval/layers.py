@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssl.models.backbones import is_token_model, pooled_features
+from ssl.sharding import has_pieces
 
 GRID_DIM = 9216
 TOKEN_POOLINGS = ("model", "token", "patches", "token_patches")
@@ -111,12 +112,15 @@ def make_extract(
 ) -> ExtractSets:
     """The function from normalised images (B, C, H, W) to a vector per image of each set, (B, D_i) float32.
 
-    The model is put in eval mode on `device` and runs once for all sets. `sets` are those that `resolve_sets` gave.
+    The model is put in eval mode on `device`, where one that is cut over ranks already is, and runs once for all sets.
+    `sets` are those that `resolve_sets` gave.
     """
-    model = model.to(device).eval()
+    model.eval()
     tokens = is_token_model(model)
-    if not tokens:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if not has_pieces(model):  # else it is the one that trains
+        model.to(device)
+        if not tokens:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     as_classifier = all(each == FeatureSet() for each in sets)
 
     def extract(image: Tensor) -> list[Tensor]:

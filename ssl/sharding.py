@@ -118,6 +118,11 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def has_pieces(model: nn.Module) -> bool:
+    """Whether parts of a model are cut: then it is on its device, and must not be moved."""
+    return any(isinstance(part, FSDPModule) for part in model.modules())
+
+
 def is_cut(tensor: Tensor) -> bool:
     """Whether a tensor is cut over the ranks."""
     return isinstance(tensor, DTensor)
