@@ -187,10 +187,9 @@ def train(
         is_main=main,
         resume_step=start_step,
     )
+    rows = effective_recipe(optimizer, method, lr=peak_lr)
+    _write_on_main({out / "config.yaml": config_yaml, out / "recipe.json": json.dumps(rows, indent=2) + "\n"})
     if main:
-        (out / "config.yaml").write_text(config_yaml)
-        rows = effective_recipe(optimizer, method, lr=peak_lr)
-        (out / "recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
         arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
         announcement = [
             f"{out}" + (f": continuing from step {start_step}" if start_step else ""),
@@ -382,6 +381,20 @@ def train(
         watchdog.close()
         tracker.close()
     return latest
+
+
+def _write_on_main(texts: Mapping[Path, str]) -> None:
+    """Write small files on the first rank. Raises OSError on every rank where that is not possible."""
+    problem = None
+    if distributed.is_main():
+        try:
+            for path, text in texts.items():
+                path.write_text(text)
+        except OSError as error:
+            problem = f"{error.filename} could not be written: {error.strerror}; make room, or give another out="
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        raise OSError(problem)
 
 
 def _keep_failed(folder: Path, failed: FailedStep, loader: Loader, global_batch_size: int) -> str | None:
