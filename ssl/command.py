@@ -147,9 +147,9 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
         ending.pass_on()
         raise SystemExit(ending.code)
     if state_of(ending.code) == STOPPED:
-        ending.pass_on()
         sweep.end(ending.code)
-        if not sweep.is_above:
+        if not sweep.is_above:  # else the others are still saving, and what leaves here would end them
+            ending.pass_on()
             raise SystemExit(ending.code)
     return None
 
