@@ -2,9 +2,9 @@
 
     python -m benchmarks.endurance [--steps 20000] [--method mae]
 
-A small run of the real command, with logging, pictures, evaluations, a few checkpoints, and wandb offline, is watched
-from outside through /proc, which only Linux has. Memory is that of the run's own process, without wandb's. The command
-ends with an error where the number of open files or of threads grew.
+A small run of the real command, with logging, pictures, evaluations, checkpoints, and wandb offline, is watched from
+outside through /proc, which only Linux has. Memory is that of the run's own process, without wandb's. The command ends
+with an error where the number of open files or of threads grew.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Window:
-    """Some of the run's steps: medians of memory and speed, the most open files and threads."""
+    """Some of the run's steps: medians of memory and speed, and the fewest open files and threads, which are those
+    between two saves or evaluations.
+    """
 
     last_step: int
     mib: float
@@ -61,15 +63,15 @@ class Window:
 
 
 def settings(method: str, *, steps: int, out: Path) -> list[str]:
-    """What the command is given: a tenth of the steps to each checkpoint and evaluation."""
-    tenth = max(steps // 10, 1)
+    """What the command is given: a checkpoint and an evaluation in each window."""
+    window = max(steps // NUM_WINDOWS, 1)
     epochs = steps * BATCH_SIZE / 512
     return [
         *METHODS[method],
         *["data=embedded", "data.source.num_train=512", "data.source.num_test=64", f"out={out}"],
         *[f"trainer.global_batch_size={BATCH_SIZE}", f"trainer.epochs={epochs}", "trainer.precision=fp32"],
-        *["trainer.device=cpu", f"trainer.checkpoint_every_steps={tenth}", "wandb.mode=offline"],
-        *[f"trainer.eval_every_epochs={epochs / 10}", "online.health.sample=64", "launch=none"],
+        *["trainer.device=cpu", f"trainer.checkpoint_every_steps={window}", "wandb.mode=offline"],
+        *[f"trainer.eval_every_epochs={epochs / NUM_WINDOWS}", "online.health.sample=64", "launch=none"],
     ]
 
 
@@ -109,15 +111,15 @@ def windows(points: Sequence[Point], lines: Sequence[dict], *, steps: int, count
     found = []
     for number in range(count):
         first, last = steps * number // count, steps * (number + 1) // count
-        seen = [point for point in points if first < point.step <= last]
+        seen = [point for point in points if first < point.step <= last and point.step < steps]  # not of its end
         rates = [line["images_per_second"] / BATCH_SIZE for line in lines if first < line["step"] <= last]
         if seen and rates:
             found.append(
                 Window(
                     last_step=last,
                     mib=statistics.median(point.mib for point in seen),
-                    files=max(point.files for point in seen),
-                    threads=max(point.threads for point in seen),
+                    files=min(point.files for point in seen),
+                    threads=min(point.threads for point in seen),
                     steps_per_second=statistics.median(rates),
                 )
             )
