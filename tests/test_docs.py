@@ -94,3 +94,11 @@ def test_files_that_the_docs_link_exist():
     for page in DOCS.glob("*.md"):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_tests_that_docs_name_are_there():
+    tests = DOCS.parent / "tests"
+    named = {match for page in DOCS.glob("*.md") for match in re.findall(r"(test_\w+\.py)::(\w+)", page.read_text())}
+    assert named
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (tests / file).read_text()]
+    assert not missing
