@@ -19,7 +19,7 @@ from ssl.config import plain
 from ssl.data.image_size import choose_image_size
 from ssl.data.sources import Source
 from ssl.data.subset import Subset, split_held_out
-from ssl.models.backbones import BackboneSpec, build_backbone, is_token_model
+from ssl.models.backbones import BackboneSpec, build_backbone, is_token_model, model_name
 from ssl.models.classifier import make_classifier, put_weights
 
 
@@ -95,7 +95,7 @@ def make_model(
     }
     if loaded is None:
         _, spec = build_backbone(
-            config.model.name,
+            model_name(plain(config.model)),
             image_size=choose_image_size(data.get("image_size"), source),
             in_chans=int(data["channels"]),
             patch_size=config.model.patch_size,

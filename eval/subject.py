@@ -27,7 +27,7 @@ from ssl.data.augment import Augment
 from ssl.data.image_size import as_size, choose_image_size
 from ssl.data.loader import Loader
 from ssl.data.sources import SPLITS, Source
-from ssl.models.backbones import build_backbone
+from ssl.models.backbones import build_backbone, model_name
 from ssl.trainer import choose_dtype, dtype_name
 
 BASELINES = ("random", "pixels")
@@ -312,7 +312,7 @@ def make_subject(
         )
     torch.manual_seed(config.seed)  # as ssl.pretrain does, so that this is where a run of the same seed starts
     model, spec = build_backbone(
-        config.model.name,
+        model_name(plain(config.model)),
         image_size=size,
         in_chans=channels,
         patch_size=config.model.patch_size,

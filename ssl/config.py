@@ -56,6 +56,11 @@ class Stem(Enum):
     standard = "standard"
 
 
+class Library(Enum):
+    timm = "timm"
+    torchvision = "torchvision"
+
+
 class Shard(Enum):
     none = "none"
     full = "full"
@@ -75,6 +80,7 @@ class WandbMode(Enum):
 
 @dataclass
 class ModelConfig:
+    library: Library = Library.timm  # whose model `name` is; ours are registered with timm
     name: str = MISSING
     patch_size: int | None = None
     stem: Stem = Stem.auto

@@ -26,8 +26,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ssl.models.backbones import BackboneSpec, backbone_from_spec, describe_backbone
+from ssl.models.backbones import BackboneSpec, backbone_from_spec, describe_backbone, model_name
 from ssl.models.described import no_larger_than
+from ssl.models.torchvision_models import SIDE, is_torchvision
 from ssl.tensor_files import check_fit, few, load_strictly, load_tensors
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
@@ -187,7 +188,7 @@ def _describe(
     path: Path,
 ) -> tuple[BackboneSpec, list[str]]:
     """What the backbone is built from: what was given, and what the shapes of the tensors say."""
-    name, args = str(model["name"]), dict(model.get("args") or {})
+    name, args = model_name(model), dict(model.get("args") or {})
     defaults = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None  # build_backbone refuses
     patch = _patch_size(tensors)
     given_patch = model.get("patch_size")
@@ -201,6 +202,8 @@ def _describe(
     size = _grid_size(tensors, patch, path)
     if size is None:
         default = tuple(defaults.input_size[1:]) if defaults and stem == "standard" else (32, 32)
+        if is_torchvision(name):
+            default = (SIDE, SIDE)
         size = image_size or (int(default[0]), int(default[1]))
         if image_size is None:
             notes.append(

@@ -23,7 +23,7 @@ from ssl.data.image_size import choose_image_size
 from ssl.data.subset import limit
 from ssl.launch import launch
 from ssl.methods.base import Method
-from ssl.models.backbones import BackboneSpec, build_backbone
+from ssl.models.backbones import BackboneSpec, build_backbone, model_name
 from ssl.objective import check_objective, find_objective
 from ssl.run_lock import RunLock
 from ssl.run_plan import plan_run
@@ -93,7 +93,7 @@ def make_method(config: DictConfig, image_size: tuple[int, int]) -> tuple[Method
     """The method that `config` names, with its backbone, for images of (height, width) pixels."""
     in_chans = config.data.channels
     backbone, spec = build_backbone(
-        config.model.name,
+        model_name(plain(config.model)),
         image_size=image_size,
         in_chans=in_chans,
         patch_size=config.model.patch_size,

@@ -1,4 +1,4 @@
-"""Backbones: any timm model by name, fitted to the image size and rebuilt from a few JSON values."""
+"""Backbones: any model of timm or torchvision by name, fitted to the image size and rebuilt from a few JSON values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssl.models import families as _families  # noqa: F401  registers what timm does not have
 from ssl.models.described import check_described
+from ssl.models.torchvision_models import PREFIX, TORCHVISION_ARGUMENTS, create_torchvision, is_torchvision, model_names
 
 STEMS = ("standard", "small", "padded")  # padded: small with a padding of 2, as solo-learn builds it for CIFAR
 COMMON_SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448, 512)
@@ -40,7 +41,8 @@ MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 class BackboneSpec:
     """What a backbone is rebuilt from, before its weights are loaded strictly.
 
-    `model_args` are timm's own keyword arguments, JSON values only. Drop path is no part of it: it belongs to a
+    `architecture` is timm's name, or torchvision's behind `torchvision/`. `model_args` are the library's own keyword
+    arguments, JSON values only. Drop path is no part of it: it belongs to a
     training run.
     """
 
@@ -79,12 +81,14 @@ def build_backbone(
     drop_path: float = 0.0,
     model_args: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, BackboneSpec]:
-    """Build a timm model without classifier for images of (height, width) pixels, and its description.
+    """Build a model without classifier for images of (height, width) pixels, and its description.
+
+    `name` is timm's, or torchvision's behind `torchvision/`, as `model_name` writes it.
 
     `patch_size=None` takes the model's own from 128 pixels (16 where that does not divide the image), at most 8 from 64
     and at most 4 below; `stem="auto"` takes the small stem for ResNets up to 64 pixels. The shorter side counts, for
-    the stem `stem_side`, where a method shows the backbone less than the image. Keys of the state dict are timm's own.
-    Raises ValueError, saying what fits, where name, arguments and image size do not go together.
+    the stem `stem_side`, where a method shows the backbone less than the image. Keys of the state dict are the
+    library's own. Raises ValueError, saying what fits, where name, arguments and image size do not go together.
     """
     spec = describe_backbone(
         name,
@@ -111,7 +115,13 @@ def describe_backbone(
     """The description of what `build_backbone` builds, from the same settings; no memory is taken for its weights."""
     height, width = (int(side) for side in image_size)
     args = _checked_arguments(name, model_args)
-    probe = _construct(name, in_chans=in_chans, model_args=args, device="meta")
+    if is_torchvision(name):
+        _check_without(name, patch_size=patch_size, stem=stem)
+        _construct(name, in_chans=in_chans, image_size=None, model_args=args, device="meta")  # refuses wrong arguments
+        spec = BackboneSpec(name, (height, width), in_chans, args)
+        _check_fit(spec)
+        return spec
+    probe = _construct(name, in_chans=in_chans, image_size=None, model_args=args, device="meta")
     accepted = _constructor_arguments(type(probe))
     if "img_size" in accepted:
         args["img_size"] = [height, width]
@@ -140,7 +150,9 @@ def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: st
     if drop_path:
         args["drop_path_rate"] = drop_path
     try:
-        model = _construct(spec.architecture, in_chans=spec.in_chans, model_args=args, device=device)
+        model = _construct(
+            spec.architecture, in_chans=spec.in_chans, image_size=spec.image_size, model_args=args, device=device
+        )
     except ValueError as error:
         if not drop_path or "drop_path_rate" not in str(error.__cause__):
             raise
@@ -154,6 +166,12 @@ def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: st
             f"model.drop_path={drop_path} has no effect on {spec.architecture} with {spec.model_args}; set it to 0."
         )
     return model
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """The name that `build_backbone` takes, of the settings of a `model=`: torchvision's get their prefix."""
+    name = str(model["name"])
+    return PREFIX + name if model.get("library") == "torchvision" else name
 
 
 def is_token_model(model: nn.Module) -> bool:
@@ -202,14 +220,11 @@ def feature_dim(model: nn.Module, *, image_size: tuple[int, int], in_chans: int 
 
 
 def _checked_arguments(name: str, model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=5) or ["vit_base_patch16_224", "resnet50"]
-        raise ValueError(
-            f"timm has no model named {name!r}; close to it: {', '.join(close)}. timm.list_models() lists all."
-        )
+    _check_name(name)
+    own = OWN_ARGUMENTS | (TORCHVISION_ARGUMENTS if is_torchvision(name) else {})
     for argument in model_args or {}:
-        if argument in OWN_ARGUMENTS:
-            raise ValueError(f"model.args.{argument} is set elsewhere; use {OWN_ARGUMENTS[argument]}.")
+        if argument in own:
+            raise ValueError(f"model.args.{argument} is set elsewhere; use {own[argument]}.")
     try:
         return json.loads(json.dumps(dict(model_args or {})))
     except TypeError as error:
@@ -218,16 +233,68 @@ def _checked_arguments(name: str, model_args: Mapping[str, Any] | None) -> dict[
         ) from error
 
 
-def _construct(name: str, *, in_chans: int, model_args: Mapping[str, Any], device: str | None) -> nn.Module:
-    args: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model_args.items()}
+def _check_name(name: str) -> None:
+    if is_torchvision(name):
+        short, known, examples = name.removeprefix(PREFIX), model_names(), ["alexnet", "googlenet"]
+        if short in known:
+            return
+        library, listing = "torchvision", "torchvision.models.list_models()"
+    else:
+        if timm.is_model(name):
+            return
+        short, known, examples = name, timm.list_models(), ["vit_base_patch16_224", "resnet50"]
+        library, listing = "timm", "timm.list_models()"
+    close = difflib.get_close_matches(short, known, n=5) or examples
+    elsewhere = ""
+    if library == "timm" and name in model_names():
+        elsewhere = f" torchvision has it: model=torchvision model.name={name}."
+    raise ValueError(
+        f"{library} has no model named {short!r}; close to it: {', '.join(close)}. {listing} lists all.{elsewhere}"
+    )
+
+
+def _check_without(name: str, *, patch_size: int | tuple[int, int] | None, stem: str) -> None:
+    """Raise ValueError for settings that are for timm's models alone."""
+    if patch_size is not None:
+        raise ValueError(f"{name} has no patch size to set, got model.patch_size={patch_size}; set it to null.")
+    if stem not in ("auto", "standard"):
+        raise ValueError(f"model.stem={stem} is for timm's ResNets, and {name} is none; set model.stem=auto.")
+
+
+def _construct(
+    name: str,
+    *,
+    in_chans: int,
+    image_size: tuple[int, int] | None,
+    model_args: Mapping[str, Any],
+    device: str | None,
+) -> nn.Module:
+    """The model without classifier; `image_size` is for torchvision's, timm's have it among their arguments."""
     try:
         if device is None:
-            return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **args)
+            return _create(name, in_chans, image_size, model_args)
         with torch.device(device), torch.random.fork_rng(devices=[]):  # a trial must not move the weights that follow
-            return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **args)
+            return _create(name, in_chans, image_size, model_args)
     except MISFITS as error:
-        given = ", ".join(f"{key}={value}" for key, value in args.items()) or "no further arguments"
-        raise ValueError(f"timm cannot build {name} with in_chans={in_chans} and {given}: {error}") from error
+        given = ", ".join(f"{key}={value}" for key, value in model_args.items()) or "no further arguments"
+        library = "torchvision" if is_torchvision(name) else "timm"
+        short = name.removeprefix(PREFIX)
+        raise ValueError(f"{library} cannot build {short} with in_chans={in_chans} and {given}: {error}") from error
+
+
+def _create(name: str, in_chans: int, image_size: tuple[int, int] | None, model_args: Mapping[str, Any]) -> nn.Module:
+    if is_torchvision(name):
+        args = dict(model_args)
+        return create_torchvision(
+            name.removeprefix(PREFIX),
+            num_classes=0,
+            in_chans=in_chans,
+            image_size=image_size,
+            drop_path_rate=args.pop("drop_path_rate", 0.0),
+            args=args,
+        )
+    args: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model_args.items()}
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **args)
 
 
 def _constructor_arguments(model_class: type[nn.Module]) -> set[str]:

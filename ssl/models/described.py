@@ -15,6 +15,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from ssl.models.torchvision_models import PREFIX, TORCHVISION_ARGUMENTS, is_torchvision, model_names
+
 LARGEST = 10**6
 """No number in a description is larger: a width, a count, a side of the image."""
 NOT_OF_THE_MODEL = {  # arguments of timm's that read files, reach the network or set what this package sets
@@ -40,14 +42,21 @@ NOT_OF_THE_MODEL = {  # arguments of timm's that read files, reach the network o
 
 
 def check_described(values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a description names one of timm's own models by plain values of a sensible size."""
+    """Raise ValueError unless a description names a model of timm or torchvision by plain values of a sensible size."""
     name, args = values["architecture"], values["model_args"]
-    if not isinstance(name, str) or not re.fullmatch(r"\w+", name, re.ASCII) or not timm.is_model(name):
-        raise ValueError(f"a checkpoint describes its backbone as {name!r}, which is not the name of a model of timm's")
+    if not isinstance(name, str) or not _is_known(name):
+        raise ValueError(
+            f"a checkpoint describes its backbone as {name!r:.80}, which is not the name of a model of timm's, nor "
+            "torchvision/ and one of torchvision's"
+        )
     if not isinstance(args, dict):
         raise ValueError(f"a checkpoint describes the arguments of {name} as {args!r}; they must be a mapping")
     for key in args:
-        if not str(key).isidentifier() or key in NOT_OF_THE_MODEL:
+        if (
+            not str(key).isidentifier()
+            or key in NOT_OF_THE_MODEL
+            or (is_torchvision(name) and key in TORCHVISION_ARGUMENTS)
+        ):
             raise ValueError(f"a checkpoint describes {name} with the argument {key!r}, which is refused")
     numbers = [*_values(values["image_size"]), *_values(values["in_chans"]), *_values(args)]
     for value in numbers:
@@ -86,6 +95,12 @@ def no_larger_than(tensors: Mapping[str, Tensor], *, trials: int = 1) -> Iterato
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_known(name: str) -> bool:
+    if is_torchvision(name):
+        return name.removeprefix(PREFIX) in model_names()
+    return re.fullmatch(r"\w+", name, re.ASCII) is not None and timm.is_model(name)
 
 
 def _values(node: Any) -> Iterator[Any]:
