@@ -50,7 +50,7 @@ def _create_cbam_resnet(
     variant: str, pretrained: bool, *, block: type[BasicBlock | Bottleneck], layers: tuple[int, ...], **kwargs: Any
 ) -> ResNet:
     attention = partial(CbamModule, rd_ratio=1 / 16, spatial_kernel_size=7, mlp_bias=True)
-    block_args = {"attn_layer": attention, **kwargs.pop("block_args", {})}
+    block_args = {"attn_layer": attention}
     return build_model_with_cfg(
         ResNet, variant, pretrained, block=block, layers=layers, block_args=block_args, **kwargs
     )
