@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -118,7 +118,7 @@ class Report:
             "  killed at step "
             + " ".join(str(death.step) + "s" * death.saving for death in self.deaths)
             + " (s: saving)",
-            "  killed before " + ", ".join(f"{where} {count}x" for where, count in sorted(places.items())),
+            "  killed " + ", ".join(f"{where} {count}x" for where, count in sorted(places.items())),
         ]
         verdict = [f"  DIFFERENT: {difference}" for difference in self.differences] or [
             "  weights, average, optimizer state, card and metrics equal the uninterrupted run's bit for bit"
@@ -273,11 +273,12 @@ def _different_checkpoints(first: Path, second: Path) -> list[str]:
 
 def _in_peace(words: list[str], out: Path, folder: Path) -> Pace:
     """Run to the end, with all operations recorded."""
-    began = time.monotonic()
-    said = folder / "said"
-    child = start(words, home=folder, said=said, before=partial(watch, str(out), str(folder / "operations"), None))
+    said, record = folder / "said", folder / "operations"
+    child = start(words, home=folder, said=said, before=partial(watch, str(out), str(record), None))
     try:
-        _wait_for(child, out / "metrics.jsonl", 1)
+        _wait_until(child, record.exists)  # the first start may have to wait for the server that forks it
+        began = time.monotonic()
+        _wait_until(child, lambda: num_lines(out / "metrics.jsonl") > 0)
         started = time.monotonic()
         child.join(WAIT)
     finally:
@@ -315,15 +316,16 @@ def _aims(operations: dict[int, int], *, kills: int, pace: Pace, random: random.
 
 def _kill_at_the_moment(child: Any, metrics: Path, aim: Aim) -> None:
     assert aim.lines is not None
-    _wait_for(child, metrics, num_lines(metrics) + aim.lines)
+    lines = num_lines(metrics) + aim.lines
+    _wait_until(child, lambda: num_lines(metrics) >= lines)
     child.join(aim.delay)
     child.kill()
 
 
-def _wait_for(child: Any, metrics: Path, lines: int) -> None:
-    """Until metrics.jsonl has so many lines or the process has ended."""
+def _wait_until(child: Any, condition: Callable[[], bool]) -> None:
+    """Until the condition holds or the process has ended."""
     deadline = time.monotonic() + WAIT
-    while num_lines(metrics) < lines and child.is_alive() and time.monotonic() < deadline:
+    while not condition() and child.is_alive() and time.monotonic() < deadline:
         child.join(0.002)
 
 
@@ -343,7 +345,7 @@ def _death(run: Path, record: Path, aim: Aim) -> Death:
         step=max(logged, default=0),
         saved=max(saved, default=0),
         saving=during or any(name.startswith(".partial_") for name in folders),
-        where=place[2] if aimed else "a moment",
+        where=f"before {place[2]}" if aimed else "at a moment",
     )
 
 
