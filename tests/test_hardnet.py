@@ -139,6 +139,13 @@ def test_ds_layers_are_pointwise_before_they_are_depthwise() -> None:
     assert [(conv.kernel_size, conv.groups) for conv in layer] == [((1, 1), 1), ((3, 3), layer[1].out_channels)]
 
 
+def test_depthwise_convolutions_have_no_activation_behind_them() -> None:
+    pointwise, depthwise = cast(nn.Sequential, stage_blocks(tiny("hardnet39ds"))[0].layers[0])
+    x = pointwise(image(side=16).repeat(1, 3, 1, 1)[:, :8])  # (B, 4, 16, 16)
+    assert x.min() == 0
+    assert depthwise(x).min() < 0
+
+
 def test_activations_are_relu_and_may_be_the_released_codes_relu6() -> None:
     def kinds(model: nn.Module) -> set[str]:
         return {type(module).__name__ for module in model.modules() if "ReLU" in type(module).__name__}
