@@ -338,6 +338,12 @@ def check_trainer(trainer: TrainerConfig | DictConfig) -> None:
             f"trainer.profile_steps must be 1 to 100, because a trace of more cannot be opened, or null for no "
             f"profile; got {trainer.profile_steps}"
         )
+    if trainer.compile and (trainer.shard is not Shard.none or trainer.activation_checkpointing):
+        raise ValueError(
+            "trainer.compile=true does not go together with trainer.shard=full or "
+            "trainer.activation_checkpointing=true, which gather weights and run layers again at moments of their own; "
+            "set it to false"
+        )
     if trainer.ema_decay is not None and not 0 <= trainer.ema_decay < 1:
         raise ValueError(f"trainer.ema_decay must lie in [0, 1), or be null for no average; got {trainer.ema_decay}")
     if trainer.ema_decay is not None and trainer.swa_start_epoch is not None:

@@ -128,6 +128,12 @@ def test_one_process_says_that_it_has_nobody_to_share_with(tmp_path: Path, caplo
     assert "trainer.shard=full has no effect with one process" in caplog.text
 
 
+@pytest.mark.parametrize("other", [CUT, "trainer.activation_checkpointing=true"])
+def test_compilation_of_the_whole_step_is_refused_beside_it(tmp_path: Path, other: str):
+    with pytest.raises(ValueError, match=r"trainer\.compile=true does not go together"):
+        run(composed(*METHODS["mae"], *SHORT, "trainer.compile=true", other), out=tmp_path / "run")
+
+
 def test_parameters_of_one_number_are_refused_in_words(two_ranks: Pool):
     for said in two_ranks.run(_shard_a_scale):
         assert said == (
