@@ -95,6 +95,7 @@ def note_folder(out: Path) -> None:
     """Where this process's run lies, for the table, also if it fails."""
     if _job is not None:
         _job.about["out"] = str(out)
+        _job.tell(RUNNING)
 
 
 def finish() -> int:

@@ -287,14 +287,27 @@ def test_a_run_whose_time_is_up_makes_room_for_the_next(monkeypatch):
     assert all("trainer.max_time" in row["message"] for row in rows())
 
 
-def begin(home: Path, *words: str) -> Any:
-    """A sweep of long runs, in a process of its own."""
-    return forks.start(
-        ["ssl.pretrain", "-m", "hydra.sweep.dir=swept", *TINY, "trainer.epochs=20000", *words],
-        home=home,
-        said=home / "said.txt",
-        OMP_NUM_THREADS="1",
-    )
+def long(*words: str) -> list[str]:
+    """The words of a sweep of long runs."""
+    return ["ssl.pretrain", "-m", "hydra.sweep.dir=swept", *TINY, "trainer.epochs=20000", *words]
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """Starts a sweep of long runs with joblib: in an interpreter of its own, which ends joblib's processes with it."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "PYTHONPATH": str(forks.ROOT), "OMP_NUM_THREADS": "1"}
+        typed = [sys.executable, "-m", *long("hydra/launcher=joblib", *words)]
+        with (tmp_path / "said.txt").open("w") as said:
+            children.append(subprocess.Popen(typed, cwd=tmp_path, env=environment, stdout=said, stderr=said))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.terminate()
+        child.wait(60)
 
 
 def wait_for(condition, *, seconds: float = 90) -> None:
@@ -311,7 +324,7 @@ def num_trained(home: Path) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_run_and_ends_the_sweep(tmp_path, number):
-    child = begin(tmp_path, "seed=0,1,2")
+    child = forks.start(long("seed=0,1,2"), home=tmp_path, said=tmp_path / "said.txt", OMP_NUM_THREADS="1")
     wait_for(lambda: num_trained(tmp_path) == 1)
     os.kill(child.pid, number)
     child.join(60)
@@ -323,15 +336,14 @@ def test_a_signal_saves_the_run_and_ends_the_sweep(tmp_path, number):
     assert f"stopped by {number.name}" in (tmp_path / "said.txt").read_text()
 
 
-def test_sigterm_reaches_the_runs_beside_the_sweep_which_save_before_it_ends(tmp_path):
-    words = ["hydra/launcher=joblib", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6"]
+def test_sigterm_reaches_the_runs_beside_the_sweep_which_save_before_it_ends(beside, tmp_path):
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6"]
     words += ["objective=loss", "hydra.sweeper.direction=minimize", "optim.base_lr=interval(1e-4,1e-2)"]
-    child = begin(tmp_path, *words)
+    child = beside(*words)
     wait_for(lambda: num_trained(tmp_path) == 2)
     workers = [each["pid"] for each in outcomes()]
     os.kill(child.pid, signal.SIGTERM)
-    child.join(60)
-    assert child.exitcode == 143, (tmp_path / "said.txt").read_text()
+    assert child.wait(90) == 143, (tmp_path / "said.txt").read_text()
     table = rows()
     assert [row["state"] for row in table] == ["stopped", "stopped"]
     assert all(len(steps_saved(Path(row["out"]))) == 1 for row in table)
@@ -369,6 +381,21 @@ def test_the_sweep_waits_for_runs_that_save_and_a_second_signal_does_not(tmp_pat
             child.kill()
     assert end.value.code == 143
     assert heard.read_text() == "\n"
+
+
+def test_a_run_that_is_killed_beside_others_fails_alone(beside, tmp_path):
+    child = beside("launch=auto", "launch.max_restarts=0", "seed=0,1", "trainer.epochs=30")
+    wait_for(lambda: num_trained(tmp_path) > 0)
+    (out,) = [path.parent for path in tmp_path.rglob("metrics.jsonl") if path.stat().st_size > 0][:1]
+    (worker,) = [each["pid"] for each in outcomes() if tmp_path / each["out"] == out]
+    (process,) = [
+        int(each) for path in Path(f"/proc/{worker}/task").glob("*/children") for each in path.read_text().split()
+    ]
+    os.kill(process, signal.SIGKILL)
+    assert child.wait(120) == 1, (tmp_path / "said.txt").read_text()
+    states = {row["out"]: row["state"] for row in rows()}
+    assert states.pop(str(out.relative_to(tmp_path))) == "failed"
+    assert list(states.values()) == ["done"]
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------
