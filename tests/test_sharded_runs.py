@@ -171,7 +171,7 @@ def test_blocks_of_a_timm_model_run_once_each_and_do_not_overlap(name: str):
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0).eval()
+        model: Any = timm.create_model(name, num_classes=0).eval()
     method = Method()
     method.backbone = model
     blocks = blocks_of(method)
