@@ -35,8 +35,9 @@ def check_data(name: str, config: DictConfig) -> None:
 def judge(name: str, config: DictConfig, *, out: Path) -> float:
     """What the evaluation `name` finds of the run in `out`, which `config` pretrained; the larger, the better.
 
-    eval.knn: top-1 of a tenth of train among the rest of it. eval.linear_probe: top-1 of the best head
-    (L-BFGS, by its weight decay) on the held-out images that chose it. eval.health: RankMe. Written to <out>/eval/objective_<name>.json.
+    eval.knn: top-1 of a tenth of train among the rest of it. eval.linear_probe: top-1 of the best head (L-BFGS, by its
+    weight decay) on the held-out images that chose it. eval.health: RankMe. Written to
+    <out>/eval/objective_<name>.json.
     """
     short = name.removeprefix("eval.")
     limit = min(config.data.limit or MOST_IMAGES, MOST_IMAGES)
