@@ -146,6 +146,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "PIL": "pillow",
         "faiss": "faiss-gpu",
         "huggingface_hub": "huggingface-hub",
+        "yaml": "pyyaml",
     }
     ours = {"ssl", "eval", *sys.stdlib_module_names}
     imported = {module.split(".")[0] for _, module in _imports(*CODE)} - ours
