@@ -20,7 +20,8 @@ from ssl.data.image_size import choose_image_size
 from ssl.data.sources import Source
 from ssl.data.subset import Subset, split_held_out
 from ssl.models.backbones import BackboneSpec, build_backbone, is_token_model, model_name
-from ssl.models.classifier import make_classifier, put_weights
+from ssl.models.classifier import head_names, make_classifier, put_weights
+from ssl.models.initialize import initialize
 
 
 def check_settings(config: DictConfig) -> None:
@@ -106,6 +107,7 @@ def make_model(
             raise ValueError("model.drop_path is set by drop_path= here; leave it out")
         torch.manual_seed(config.seed)
         model, spec = make_classifier(spec, **settings)
+        initialize(model, plain(config.model)["init"], leave=head_names(model))
         return model, spec, list(data["mean"]), list(data["std"]), []
     if config.recipe in ("mae", "scratch_vit") and config.pooling == "avg" and not is_token_model(loaded.model):
         raise ValueError(

@@ -28,6 +28,7 @@ from ssl.data.image_size import as_size, choose_image_size
 from ssl.data.loader import Loader
 from ssl.data.sources import SPLITS, Source
 from ssl.models.backbones import build_backbone, model_name
+from ssl.models.initialize import initialize
 from ssl.trainer import choose_dtype, dtype_name
 
 BASELINES = ("random", "pixels")
@@ -320,6 +321,7 @@ def make_subject(
         drop_path=config.model.drop_path,
         model_args=plain(config.model.args),
     )
+    initialize(model, plain(config.model)["init"])
     return Subject(
         model=model,
         sets=resolve_sets(model, sets),

@@ -39,9 +39,21 @@ class Device(Enum):
 
 class ScheduleName(Enum):
     cosine = "cosine"
+    cosine_restarts = "cosine_restarts"
     step = "step"
+    multi_step = "multi_step"
     exponential = "exponential"
+    inverse = "inverse"
+    polynomial = "polynomial"
     constant = "constant"
+
+
+class Init(Enum):
+    xavier_uniform = "xavier_uniform"
+    xavier_normal = "xavier_normal"
+    kaiming_uniform = "kaiming_uniform"
+    kaiming_normal = "kaiming_normal"
+    trunc_normal = "trunc_normal"
 
 
 class Scaling(Enum):
@@ -85,6 +97,7 @@ class ModelConfig:
     patch_size: int | None = None
     stem: Stem = Stem.auto
     drop_path: float = 0.0
+    init: Init | None = None  # of convolutions and linear layers; null: the library's own
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,9 +134,13 @@ class OptimConfig:
 class ScheduleConfig:
     name: ScheduleName = ScheduleName.cosine
     warmup_epochs: float | None = None  # null: a tenth of the run
-    min_factor: float = 0.0  # of the peak lr, where cosine and exponential end
-    milestones: list[float] = field(default_factory=list)  # epochs, for `step`
-    gamma: float = 0.1  # factor at each milestone, for `step`
+    min_factor: float = 0.0  # of the peak lr, where the cosines, polynomial and exponential end
+    milestones: list[float] = field(default_factory=list)  # epochs, for `multi_step` and `step`
+    every_epochs: float | None = None  # for `step` instead of milestones
+    gamma: float = 0.1  # factor of each step, or the 1/t decay per epoch of `inverse`
+    power: float | None = None  # of `polynomial`; null: 1
+    restart_epochs: float | None = None  # first cycle of `cosine_restarts`
+    restart_factor: int | None = None  # of each cycle's length on that of the one before; null: 1
 
 
 @dataclass

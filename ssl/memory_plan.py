@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl.methods.base import Batch, Method
-from ssl.optim import make_optimizer, state_to_tensors
+from ssl.optim import OPTIONS, make_optimizer, state_to_tensors
 from ssl.plan import step_flops
 from ssl.sharding import blocks_of
 
@@ -118,7 +118,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def optimizer_tensors(groups: list[dict[str, Any]], *, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of the optimizer after a step, by name, on the meta device as the parameters of `groups` are."""
     optimizer = make_optimizer(
-        groups, name=name, lr=1.0, **{**options, **({"fused": False} if name == "adamw" else {})}
+        groups, name=name, lr=1.0, **{**options, **({"fused": False} if "fused" in OPTIONS[name] else {})}
     )
     for group in groups:
         for parameter in group["params"]:

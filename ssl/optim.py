@@ -1,4 +1,4 @@
-"""Parameter groups, the three optimizers, and their state as a flat dict of tensors."""
+"""Parameter groups, the optimizers, and their state as a flat dict of tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.optim import Lars
+from timm.optim import Lamb, Lars
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
@@ -24,8 +24,11 @@ NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "mask_token")
 
 OPTIONS = {
     "adamw": {"betas", "eps", "fused"},
+    "adam": {"betas", "eps", "fused"},
+    "rmsprop": {"alpha", "eps", "momentum", "centered"},
     "sgd": {"momentum", "nesterov", "dampening"},
     "lars": {"momentum", "nesterov", "dampening", "trust_coeff", "trust_clip", "eps"},
+    "lamb": {"betas", "eps", "trust_clip"},
 }
 
 
@@ -39,8 +42,8 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Every parameter that is trained, in exactly one group.
 
-    A group has `params`, their `names`, `weight_decay`, `lr_scale`, `layer`, and `adapt`: whether LARS gives it a
-    trust ratio, true for the decayed groups. Biases, norms, 1-d tensors, positions and tokens are not decayed, nor
+    A group has `params`, their `names`, `weight_decay`, `lr_scale`, `layer`, and `adapt`: whether LARS and LAMB give it
+    a trust ratio, true for the decayed groups. Biases, norms, 1-d tensors, positions and tokens are not decayed, nor
     what a submodule's `no_weight_decay()` names, nor what matches a pattern of `no_decay_extra`. With `layer_decay`,
     layer i of `module.backbone` (timm's own grouping) learns at layer_decay ** (number of layers - i) of the rate,
     and everything else at the full rate (BEiT, arXiv:2106.08254). `lr_scales` are further factors, by the beginnings of
@@ -131,26 +134,58 @@ def scaled_lr(base_lr: float, *, global_batch_size: int, scaling: str) -> float:
 def make_optimizer(groups: Iterable[ParameterGroup], *, name: str, lr: float, **options: Any) -> torch.optim.Optimizer:
     """An optimizer over the groups of `parameter_groups`, each starting at lr * lr_scale. `lr` is the actual rate.
 
-    `adamw` is torch's, fused where the parameters' device has it. `sgd` is torch's. `lars` is timm's: the trust ratio
-    is the paper's, trust_coeff * |w| / (|g| + weight_decay * |w|) (arXiv:1708.03888, eq. 6), given only to the
-    decayed groups, also where weight_decay is 0; the rate multiplies the momentum buffer from outside, as in torch's
-    SGD. SimCLR's own code divides by |g + weight_decay * w|, nearly the same at 1e-6, and keeps the rate inside the
-    buffer, which differs only while the rate changes.
+    `adamw` (arXiv:1711.05101), `adam` (arXiv:1412.6980), `rmsprop` (Hinton's lecture 6e, the deviation plus eps as the
+    divisor) and `sgd` are torch's, the first two fused where the parameters' device has it; all but `adamw` add
+    weight_decay * w to the gradient. `lars` is timm's: the trust ratio is the paper's,
+    trust_coeff * |w| / (|g| + weight_decay * |w|) (arXiv:1708.03888, eq. 6), given only to the decayed groups, also
+    where weight_decay is 0; the rate multiplies the momentum buffer from outside, as in torch's SGD. SimCLR's own code
+    divides by |g + weight_decay * w|, nearly the same at 1e-6, and keeps the rate inside the buffer, which differs only
+    while the rate changes. `lamb` is timm's too (arXiv:1904.00962, algorithm 2, with phi(z) = z), its trust ratio given
+    to the same groups, without the clipping of gradients that it brings, which is trainer.clip_grad_norm here.
+
+    Raises ValueError for what `name` does not take or has no use for, and for `lamb` over parameters that are cut.
     """
     if name not in OPTIONS:
         raise ValueError(f"optim.name must be one of {', '.join(OPTIONS)}; got {name!r}")
     unknown = sorted(set(options) - OPTIONS[name])
     if unknown:
         raise ValueError(f"optim.options of {name} may be {', '.join(sorted(OPTIONS[name]))}; got {', '.join(unknown)}")
+    options = _checked(name, options)
     own = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
-    if name == "adamw":
+    if name in ("adamw", "adam"):
         devices = {parameter.device.type for group in own for parameter in group["params"]}
-        options = {"fused": devices <= {"cpu", "cuda"}, **options, "betas": tuple(options.get("betas", (0.9, 0.999)))}
-        return torch.optim.AdamW(own, lr=lr, **options)
+        options = {"fused": devices <= {"cpu", "cuda"}, **options}
+        return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(own, lr=lr, **options)
     if name == "sgd":
         return torch.optim.SGD(own, lr=lr, **options)
-    kind = ShardedLars if any(is_cut(parameter) for group in own for parameter in group["params"]) else Lars
-    return kind([{**group, "always_adapt": group["adapt"]} for group in own], lr=lr, **options)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(own, lr=lr, **options)
+    cut = any(is_cut(parameter) for group in own for parameter in group["params"])
+    own = [{**group, "always_adapt": group["adapt"]} for group in own]
+    if name == "lamb":
+        if cut:
+            raise ValueError(
+                "optim.name=lamb needs the norms of whole tensors, and trainer.shard=full cuts them; set "
+                "trainer.shard=none, or optim=lars, which gathers them"
+            )
+        return Lamb(own, lr=lr, max_grad_norm=None, **options)
+    return (ShardedLars if cut else Lars)(own, lr=lr, **options)
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with betas as a tuple. Raises ValueError for values outside what the paper defines."""
+    for key, value in options.items():
+        if key == "betas":
+            if len(value) != 2 or not all(0 <= beta < 1 for beta in value):
+                raise ValueError(f"optim.options.betas of {name} must be two numbers in [0, 1), got {value}")
+        elif key in ("momentum", "alpha") and not 0 <= value < 1:
+            raise ValueError(f"optim.options.{key} of {name} must lie in [0, 1), got {value}")
+        elif key in ("eps", "trust_coeff") and value < 0:
+            raise ValueError(f"optim.options.{key} of {name} must be at least 0, got {value}")
+    for key in ("nesterov", "dampening"):
+        if options.get(key) and not options.get("momentum"):
+            raise ValueError(f"optim.options.{key}={options[key]} has no effect without optim.options.momentum")
+    return {**options, "betas": tuple(options["betas"])} if "betas" in options else options
 
 
 class ShardedLars(Lars):
@@ -210,15 +245,18 @@ UNTOUCHED = "untouched"
 def state_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state keyed "<parameter name>/<state key>", that of cut parameters cut like them.
 
-    The tensors may share memory with the live state.
+    LAMB counts the steps of a group, which are stored with each of its parameters. The tensors may share memory with
+    the live state.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter, _ in _named(optimizer):
+    for name, parameter, group in _named(optimizer):
         state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
+        if state and "step" in group:
+            state["step"] = group["step"].clone()
         for key, value in state.items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().contiguous()
         if not state:
-            tensors[f"{name}/{UNTOUCHED}"] = torch.empty(0)
+            tensors[f"{name}/{UNTOUCHED}"] = group["step"].clone() if "step" in group else torch.empty(0)
     return tensors
 
 
@@ -233,8 +271,11 @@ def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         by_name.setdefault(name, {})[state_key] = value
     problems: list[str] = []
     states: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
+    counts: list[tuple[ParameterGroup, Tensor]] = []
     for name, parameter, group in _named(optimizer):
         given = by_name.pop(name, {})
+        if isinstance(optimizer, Lamb) and (count := given.get("step", given.get(UNTOUCHED))) is not None:
+            counts.append((group, whole(count).detach().clone()))
         if set(given) == {UNTOUCHED}:
             states.append((parameter, {}))
             continue
@@ -246,7 +287,7 @@ def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             for key, value in given.items()
             if key in expected and key != "step" and value.shape != parameter.shape
         ]
-        states.append((parameter, {} if problems else {k: _placed(k, v, parameter, group) for k, v in given.items()}))
+        states.append((parameter, {} if problems else _placed_all(given, parameter, group, optimizer)))
     problems += [f"{name}/{key} is left over" for name, given in by_name.items() for key in sorted(given)]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -258,6 +299,10 @@ def tensors_to_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         optimizer.state.pop(parameter, None)
         if state:
             optimizer.state[parameter] = state
+    for group, count in counts:
+        group.pop("step", None)
+        if count.numel():
+            group["step"] = count.cpu().reshape(())
 
 
 def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter, ParameterGroup]]:
@@ -267,9 +312,22 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter
 
 
 def _state_keys(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> set[str]:
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | Lamb):
         return {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(optimizer, torch.optim.RMSprop):
+        moments = {"momentum_buffer"} if group["momentum"] else set()
+        return {"step", "square_avg", *moments, *({"grad_avg"} if group["centered"] else ())}
     return {"momentum_buffer"} if group["momentum"] else set()
+
+
+def _placed_all(
+    given: Mapping[str, Tensor | LazyTensor],
+    parameter: nn.Parameter,
+    group: ParameterGroup,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    own = {key: value for key, value in given.items() if not (key == "step" and isinstance(optimizer, Lamb))}
+    return {key: _placed(key, value, parameter, group) for key, value in own.items()}
 
 
 def _placed(key: str, value: Tensor | LazyTensor, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:

@@ -24,6 +24,7 @@ from ssl.data.subset import limit
 from ssl.launch import launch
 from ssl.methods.base import Method
 from ssl.models.backbones import BackboneSpec, build_backbone, model_name
+from ssl.models.initialize import initialize, same_weights
 from ssl.objective import check_objective, find_objective
 from ssl.run_lock import RunLock
 from ssl.run_plan import plan_run
@@ -102,7 +103,16 @@ def make_method(config: DictConfig, image_size: tuple[int, int]) -> tuple[Method
         drop_path=config.model.drop_path,
         model_args=plain(config.model.args),
     )
-    return build(config.method, backbone=backbone, image_size=image_size, in_chans=in_chans), spec
+    rule = plain(config.model)["init"]
+    initialize(backbone, rule)
+    given = None if rule is None else [parameter.detach().clone() for parameter in backbone.parameters()]
+    method: Method = build(config.method, backbone=backbone, image_size=image_size, in_chans=in_chans)
+    if given is not None and not all(map(same_weights, given, backbone.parameters())):
+        raise ValueError(
+            f"model.init={rule} has no effect: {type(method).__name__} gives the backbone weights of its own, as its "
+            "paper says; set model.init=null"
+        )
+    return method, spec
 
 
 def main() -> None:

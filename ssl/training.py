@@ -135,15 +135,8 @@ def train(
     )
     with wrong_types("optim.options"):
         optimizer = make_optimizer(groups, name=optim.name, lr=peak_lr, **plain(optim.options))
-    schedule = make_schedule(
-        config.schedule.name.name,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=span,
-        warmup_epochs=config.schedule.warmup_epochs,
-        min_factor=config.schedule.min_factor,
-        milestones=plain(config.schedule.milestones),
-        gamma=config.schedule.gamma,
-    )
+    shape = plain(config.schedule)
+    schedule = make_schedule(shape.pop("name"), steps_per_epoch=steps_per_epoch, total_steps=span, **shape)
     average = make_average(method, settings, steps_per_epoch=steps_per_epoch, span=span)
     lr = averaged_lr(schedule, peak_lr, average, settings.swa_lr_factor)
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
+from ssl.pretrain import run
 from ssl.schedules import NAMES, Schedule, make_schedule
+from tests.test_pretrain import METHODS, SHORT, composed
 
 
 def factors(schedule: Schedule, count: int | None = None) -> list[float]:
@@ -73,9 +77,103 @@ def test_exponential_equals_torchs():
     np.testing.assert_allclose(factors(schedule), expected)
 
 
+def test_multi_step_is_step_with_milestones():
+    given = {"steps_per_epoch": 5, "total_steps": 50, "milestones": [3, 6.2], "gamma": 0.2}
+    assert factors(make_schedule("multi_step", **given)) == factors(make_schedule("step", **given))
+
+
+def test_step_every_epochs_equals_torchs():
+    schedule = make_schedule("step", steps_per_epoch=5, total_steps=53, warmup_epochs=0, every_epochs=2.4, gamma=0.97)
+    expected = torch_factors(lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=12, gamma=0.97), 53)
+    np.testing.assert_allclose(factors(schedule), expected)
+
+
+@pytest.mark.parametrize("power", [0.9, 1, 2])
+def test_polynomial_equals_torchs(power):
+    schedule = make_schedule("polynomial", steps_per_epoch=5, total_steps=31, warmup_epochs=0, power=power)
+    expected = torch_factors(lambda o: torch.optim.lr_scheduler.PolynomialLR(o, total_iters=31, power=power), 31)
+    np.testing.assert_allclose(factors(schedule), expected, atol=1e-12)
+
+
+def test_polynomial_after_warmup_equals_timms():
+    schedule = make_schedule(
+        "polynomial", steps_per_epoch=5, total_steps=40, warmup_epochs=2, power=1.5, min_factor=0.1
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = PolyLRScheduler(
+        optimizer, t_initial=30, power=1.5, lr_min=0.1, warmup_t=10, warmup_prefix=True, t_in_epochs=False
+    )
+    for step in range(10, 40):
+        theirs.step_update(step)
+        assert schedule.factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+
+
+def test_inverse_is_one_over_one_plus_gamma_times_epochs_since_warmup():
+    schedule = make_schedule("inverse", steps_per_epoch=4, total_steps=40, warmup_epochs=2, gamma=0.5)
+    expected = torch_factors(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + 0.5 * t / 4)), 32)
+    np.testing.assert_allclose(factors(schedule)[8:], expected)
+    np.testing.assert_allclose(factors(schedule)[:8], np.arange(1, 9) / 9)
+
+
+@pytest.mark.parametrize("restart_factor", [1, 2, 3])
+def test_cosine_with_restarts_equals_torchs(restart_factor):
+    schedule = make_schedule(
+        "cosine_restarts",
+        steps_per_epoch=3,
+        total_steps=70,
+        warmup_epochs=0,
+        restart_epochs=3,
+        restart_factor=restart_factor,
+        min_factor=0.05,
+    )
+    expected = torch_factors(
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=9, T_mult=restart_factor, eta_min=0.05),
+        70,
+    )
+    np.testing.assert_allclose(factors(schedule), expected, atol=1e-12)
+    assert [step for step in range(1, 70) if expected[step] == 1.0] == schedule.restarts()
+
+
+def test_cosine_restarts_after_warmup_follow_equation_5_of_sgdr():
+    schedule = make_schedule(
+        "cosine_restarts", steps_per_epoch=4, total_steps=40, warmup_epochs=1, restart_epochs=2, restart_factor=2
+    )
+    expected = [(1 + math.cos(math.pi * current / cycle)) / 2 for cycle in (8, 16, 32) for current in range(cycle)]
+    np.testing.assert_allclose(factors(schedule), [*(np.arange(1, 5) / 5), *expected[:36]], atol=1e-12)
+    assert schedule.restarts() == [12, 28]
+
+
+OPTIONS = {
+    "exponential": {"min_factor": 0.01},
+    "step": {"every_epochs": 2},
+    "multi_step": {"milestones": [3]},
+    "cosine_restarts": {"restart_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_cut_goes_on_at_the_rates_of_its_schedule(name, tmp_path):
+    shape = [f"schedule.{key}={value}" for key, value in {"name": name, **OPTIONS.get(name, {})}.items()]
+    words = [*METHODS["simclr"], *SHORT, *shape, "trainer.pictures=false", "online=none", "optim.scaling=none"]
+    run(composed(*words, "trainer.steps=7"), out=tmp_path)
+    run(composed(*words), out=tmp_path)
+    schedule = make_schedule(name, steps_per_epoch=3, total_steps=12, **OPTIONS.get(name, {}))
+    assert rates(tmp_path) == {step + 1: pytest.approx(0.075 * schedule.factor(step)) for step in range(12)}
+
+
+def rates(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["lr"] for line in lines}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_factor_stays_in_zero_to_one_and_after_the_end(name):
-    options = {"exponential": {"min_factor": 0.01}, "step": {"milestones": [0.5]}}.get(name, {})
+    options = {
+        "exponential": {"min_factor": 0.01},
+        "step": {"every_epochs": 4},
+        "multi_step": {"milestones": [0.5]},
+        "cosine_restarts": {"restart_epochs": 2, "restart_factor": 2},
+    }.get(name, {})
     schedule = make_schedule(name, steps_per_epoch=3, total_steps=31, **options)
     assert schedule.warmup_steps == 3
     assert all(0 < factor <= 1 for factor in factors(schedule))
@@ -90,13 +188,28 @@ def test_a_run_of_one_step_takes_it_at_the_peak():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "linear"}, "cosine, step, exponential, constant; got 'linear'"),
+        ({"name": "linear"}, "cosine, cosine_restarts, step, .*constant; got 'linear'"),
         ({"warmup_epochs": 10}, "shorter than the run of 10 epochs"),
         ({"warmup_epochs": -1}, "at least 0"),
-        ({"milestones": [3]}, "no effect with schedule.name=cosine"),
+        ({"milestones": [3]}, "has no effect with schedule.name=cosine"),
         ({"name": "constant", "min_factor": 0.1}, "no effect with schedule.name=constant"),
         ({"name": "exponential"}, "never reaches 0"),
-        ({"name": "step"}, "needs schedule.milestones"),
+        ({"name": "step"}, "needs schedule.every_epochs, or else schedule.milestones"),
+        ({"name": "step", "every_epochs": 2, "milestones": [3]}, "or else schedule.milestones"),
+        ({"name": "step", "every_epochs": 10}, "shorter than the 10 epochs"),
+        ({"name": "step", "every_epochs": 0.01}, "at least one step"),
+        ({"name": "multi_step"}, "multi_step needs schedule.milestones"),
+        ({"name": "multi_step", "every_epochs": 2}, "every_epochs=2 has no effect with schedule.name=multi_step"),
+        ({"gamma": 0.5}, "gamma=0.5 has no effect with schedule.name=cosine; set it to 0.1"),
+        ({"name": "inverse", "gamma": 0}, "gamma must be above 0"),
+        ({"name": "inverse", "min_factor": 0.1}, "min_factor=0.1 has no effect with schedule.name=inverse"),
+        ({"power": 2}, "power=2 has no effect with schedule.name=cosine"),
+        ({"name": "polynomial", "power": -1}, "power must be above 0"),
+        ({"restart_epochs": 2}, "restart_epochs=2 has no effect with schedule.name=cosine; set it to null"),
+        ({"restart_factor": 2}, "restart_factor=2 has no effect"),
+        ({"name": "cosine_restarts"}, "needs schedule.restart_epochs"),
+        ({"name": "cosine_restarts", "restart_epochs": 9.5}, "shorter than the 9 epochs"),
+        ({"name": "cosine_restarts", "restart_epochs": 2, "restart_factor": 0}, "at least 1, got 0"),
         ({"name": "step", "milestones": [5, 30]}, "30 does not lie within the run of 10 epochs"),
         ({"min_factor": 2.0}, "from 0 to 1"),
         ({"total_steps": 0}, "at least one step"),
