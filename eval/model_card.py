@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from eval.load_script import needs_script
 from ssl.checkpoint import LoadedBackbone
+from ssl.models.torchvision_models import is_torchvision
 
 RECIPE = ("method", "model", "data", "augment", "optim", "schedule", "trainer", "seed")
 PRIVATE = (
@@ -69,9 +71,10 @@ def results_of(loaded: LoadedBackbone) -> tuple[list[tuple[str, dict[str, Any]]]
 def _front_matter(loaded: LoadedBackbone) -> str:
     method = _method(loaded)
     task = "image-classification" if loaded.classifier else "image-feature-extraction"
-    tags = [task, "timm", "self-supervised-learning", *([method.lower()] if method else [])]
+    library = "torchvision" if is_torchvision(loaded.spec.architecture) else "timm"
+    tags = [task, library, "self-supervised-learning", *([method.lower()] if method else [])]
     listed = "\n".join(f"- {tag}" for tag in tags)
-    return f"---\nlibrary_name: timm\npipeline_tag: {task}\ntags:\n{listed}\n# license: yours to choose\n---"
+    return f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n{listed}\n# license: yours to choose\n---"
 
 
 def _summary(loaded: LoadedBackbone) -> str:
@@ -97,13 +100,15 @@ def _summary(loaded: LoadedBackbone) -> str:
 def _how_to_load(loaded: LoadedBackbone) -> str:
     height, width = loaded.spec.image_size
     gives = "logits" if loaded.classifier else "features"
-    if loaded.spec.stem == "standard":
+    if not needs_script(loaded.spec):
         lines = [
             "import timm, torch",
             'model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()  # or hf-hub:user/name',
         ]
     else:
-        lines = ["import torch", "from load import load  # load.py of this folder; needs torch, timm and safetensors"]
+        library = "torchvision" if is_torchvision(loaded.spec.architecture) else "timm"
+        needs = f"load.py of this folder; needs torch, {library} and safetensors"
+        lines = ["import torch", f"from load import load  # {needs}"]
         lines.append("model = load()")
     lines.append(f"{gives} = model(torch.zeros(1, {loaded.spec.in_chans}, {height}, {width}))")
     code = "\n".join(lines)

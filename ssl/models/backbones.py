@@ -127,6 +127,8 @@ def describe_backbone(
         args["img_size"] = [height, width]
     if isinstance(probe, VisionTransformer):
         args.setdefault("dynamic_img_size", True)
+    if "strict_img_size" in accepted:  # timm's name for it in Swin; patches of relative location are smaller
+        args.setdefault("strict_img_size", False)
     patch = _choose_patch_size(name, probe, accepted, (height, width), patch_size)
     if patch is not None:
         args["patch_size"] = patch
