@@ -49,7 +49,10 @@ def inner_channels(out_chs: int, groups: int) -> int:
 
 
 class ChannelShuffle(nn.Module):
-    """Give every group channels of each group before it: g x n channels, read as (g, n), become (n, g); section 3.1."""
+    """Give every group channels of each group before it: g x n channels, read as (g, n), become (n, g).
+
+    Section 3.1; the authors' code does the inverse, which mixes as much and numbers the channels another way.
+    """
 
     def __init__(self, groups: int) -> None:
         super().__init__()
