@@ -22,7 +22,7 @@ from ssl.config import PretrainConfig, build, check, check_trainer, locate, plai
 from ssl.data.image_size import choose_image_size
 from ssl.data.subset import limit
 from ssl.launch import launch
-from ssl.methods.base import Method
+from ssl.methods.base import Method, build_method
 from ssl.models.backbones import BackboneSpec, build_backbone, model_name
 from ssl.models.initialize import initialize, same_weights
 from ssl.objective import check_objective, find_objective
@@ -106,7 +106,7 @@ def make_method(config: DictConfig, image_size: tuple[int, int]) -> tuple[Method
     rule = plain(config.model)["init"]
     initialize(backbone, rule)
     given = None if rule is None else [parameter.detach().clone() for parameter in backbone.parameters()]
-    method: Method = build(config.method, backbone=backbone, image_size=image_size, in_chans=in_chans)
+    method = build_method(config.method, backbone=backbone, image_size=image_size, in_chans=in_chans)
     if given is not None and not all(map(same_weights, given, backbone.parameters())):
         raise ValueError(
             f"model.init={rule} has no effect: {type(method).__name__} gives the backbone weights of its own, as its "

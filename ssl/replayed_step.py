@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl.checkpoint_card import CARD, read_config, read_state, statistics, verify
-from ssl.config import build
 from ssl.data.augment import Augment
 from ssl.data.views import make_views
 from ssl.failed_step import FailedStep, read_failed_step
-from ssl.methods.base import Batch, Method
+from ssl.methods.base import Batch, Method, build_method
 from ssl.models.backbones import BackboneSpec, backbone_from_spec, is_token_model
 from ssl.not_finite import BadModule, FiniteWatch, find_at_fault, is_finite
 from ssl.randomness import step_seed
@@ -72,7 +71,7 @@ def load(folder: Path, *, trust: Sequence[str] = ()) -> Step:
         raise ValueError(f"{folder} is not of a pretraining run: its run.yaml names no method")
     spec = BackboneSpec.from_dict(state["backbone"])
     backbone = backbone_from_spec(spec, drop_path=float(config["model"].get("drop_path") or 0.0))
-    method = build(
+    method = build_method(
         config["method"],
         within=_trusted(config["method"], trust),
         backbone=backbone,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,8 +13,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ssl.methods.base import Batch, Method
+from ssl.models.backbones import is_token_model
 from ssl.models.positions import sincos_2d
+from ssl.models.token_maps import MAPS_FIT, find_token_map, model_label
 from ssl.models.tokens import check_token_model, encode, take
+
+DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
 
 
 def patchify(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -94,6 +100,37 @@ class MAE(Method):
         self.register_buffer("decoder_pos_embed", positions[None], persistent=False)  # derived, so not stored
         self.decoder_pos_embed: Tensor
         self.initialize()
+
+    @staticmethod
+    def stand_in(
+        config: Mapping[str, Any], backbone: nn.Module, image_size: tuple[int, int], in_chans: int
+    ) -> tuple[dict[str, Any], str] | None:
+        """SimMIM's config for a backbone that cannot drop tokens but keeps them on a map; None for one that can.
+
+        Ratio and targets stay those of `config`. Raises ValueError where the backbone has no tokens to mask, and where
+        the decoder, which SimMIM does not have, was set.
+        """
+        if is_token_model(backbone):
+            return None
+        name = model_label(backbone)
+        if find_token_map(backbone, image_size=image_size, in_chans=in_chans) is None:
+            raise ValueError(
+                "method=mae needs a backbone that splits the image into tokens, each of one patch, got "
+                f"{name}; try model=vit_b, whose masked tokens are dropped, or, whose are masked in place, {MAPS_FIT}."
+            )
+        defaults = inspect.signature(MAE).parameters
+        decoder = [key for key in DECODER if config.get(key, defaults[key].default) != defaults[key].default]
+        if decoder:
+            raise ValueError(
+                f"{', '.join(f'method.{key}={config[key]}' for key in decoder)} would have no effect with {name}: its "
+                "tokens cannot be dropped, so method=mae masks them in place, as SimMIM does, and needs no decoder; "
+                f"leave {', '.join(decoder)} out."
+            )
+        node = {key: value for key, value in config.items() if key not in DECODER}
+        why = (
+            f"method=mae is SimMIM here, without a decoder, as {name} cannot drop tokens; its own recipe: method=simmim"
+        )
+        return {**node, "_target_": "ssl.methods.simmim.SimMIM"}, why
 
     @torch.no_grad()
     def initialize(self) -> None:
