@@ -24,7 +24,7 @@ from eval.command import USAGE
 from eval.config import EvalDataConfig, register
 from eval.extract import centre_view
 from eval.finetune_start import check_settings, check_start, divide, make_model, started_from
-from eval.finetuning import FineTuning, describe
+from eval.finetuning import FineTuning
 from eval.held_out import NAME, HeldOut, classify
 from eval.mixing import Mixing
 from eval.results import environment, open_folder, write_results
@@ -107,7 +107,7 @@ def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone |
     method = FineTuning(model, image_size=spec.image_size, mixing=mixing, std=std)
     open_folder(out)
     if distributed.is_main():
-        print("\n".join(["fine-tuning " + _what(config, loaded), f"with {_acting(config) or 'nothing added'}", *notes]))
+        print("\n".join(["fine-tuning " + _what(config, loaded), *notes]))
 
     # ---- train -----------------------------------------------------------------------------------------------------
     shown = {
@@ -266,14 +266,6 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     """Everything that was set, but for where and how fast it ran."""
     without = ("ckpt", "model", "data", "wandb", "out", "accept_changes", "loader", "online", "seed")
     return {name: value for name, value in plain(config).items() if name not in without}
-
-
-def _acting(config: DictConfig) -> str:
-    names = ("train", "drop_path", "dropout", "label_smoothing", "train_amount", "held_out", "patience")
-    mix = plain(config.mix)
-    kind = mix.pop("_target_").rpartition(".")[2]
-    acting = describe({name: config[name] for name in names})
-    return acting if kind == "Mixing" else ", ".join(filter(None, [acting, f"{kind} ({describe(mix)})"]))
 
 
 def _what(config: DictConfig, loaded: LoadedBackbone | None) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +57,6 @@ class FineTuning(Method):
 
     def _logits(self, image: Tensor) -> Tensor:
         return self.backbone(image).float()  # (B, classes), in fp32 as losses of soft targets need them
-
-
-def describe(settings: Mapping[str, Any]) -> str:
-    """The settings that act, in one line."""
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, 0, 0.0, False, "all"))
 
 
 @torch.no_grad()

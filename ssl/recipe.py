@@ -1,15 +1,16 @@
-"""What a run really does, as arithmetic and as a table: batch, learning rate, and each parameter group."""
+"""What a run really does: batch and rate as arithmetic, the parts that act, and a table of the parameter groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ssl.optim import scaled_lr
+from ssl.optim import OPTIONS, scaled_lr
+from ssl.schedules import READS, Schedule
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def lr_arithmetic(base_lr: float, *, global_batch_size: int, scaling: str) -> st
 def effective_recipe(optimizer: torch.optim.Optimizer, module: nn.Module, *, lr: float) -> list[dict[str, Any]]:
     """A row per parameter group, JSON-able: what of `module` it holds, and what it gets when the schedule is at `lr`.
 
-    `drop_path` is the lowest and highest rate among the group's residual blocks that have one, null where none has.
+    `drop_path` and `dropout` are the lowest and highest rate among the group's blocks that have one, null where none
+    has.
     """
-    rates = _drop_path_rates(module)
+    path_rates, dropout_rates = _block_rates(module, "DropPath", "drop_prob"), _block_rates(module, "Dropout", "p")
     rows: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         names: list[str] = group["names"]
-        own = [rate for block, rate in rates.items() if any(name.startswith(block) for name in names)]
         rows.append(
             {
                 "parts": list(dict.fromkeys(name.split(".", 1)[0] for name in names)),
@@ -106,21 +107,108 @@ def effective_recipe(optimizer: torch.optim.Optimizer, module: nn.Module, *, lr:
                 "layer_factor": group["lr_scale"],
                 "weight_decay": group["weight_decay"],
                 "trust_ratio": bool(group.get("always_adapt", False)),
-                "drop_path": [min(own), max(own)] if own else None,
+                "drop_path": _span_of(path_rates, names),
+                "dropout": _span_of(dropout_rates, names),
             }
         )
     return rows
 
 
-def _drop_path_rates(module: nn.Module) -> dict[str, float]:
-    """Drop-path rate of each residual block that has one, by the block's name and a dot."""
+def _block_rates(module: nn.Module, kind: str, attribute: str) -> dict[str, float]:
+    """Rate of each block that has a part of this kind, by the block's name and a dot. What acts behind all blocks is no
+    group's own.
+    """
     rates: dict[str, float] = {}
     for name, part in module.named_modules():
-        rate = getattr(part, "drop_prob", None)
-        if type(part).__name__ == "DropPath" and rate:
-            block = name.rpartition(".")[0] + "."
+        rate = getattr(part, attribute, None)
+        block = name.rpartition(".")[0] + "."
+        if type(part).__name__ == kind and rate and block not in (".", "backbone."):
             rates[block] = max(float(rate), rates.get(block, 0.0))
     return rates
+
+
+def _span_of(rates: Mapping[str, float], names: Sequence[str]) -> list[float] | None:
+    own = [rate for block, rate in rates.items() if any(name.startswith(block) for name in names)]
+    return [min(own), max(own)] if own else None
+
+
+def active_parts(
+    settings: Mapping[str, Any], *, optimizer: torch.optim.Optimizer, schedule: Schedule, lr: float
+) -> dict[str, Any]:
+    """Every part of the recipe that acts, JSON-able, by its name; what is off is left out.
+
+    `settings` is a run's plain config, of pretraining, fine-tuning or a probe; of the optimizer every option is there
+    with the value that it has, set or not, and of the schedule its lengths in steps.
+    """
+    optim, trainer = settings["optim"], settings["trainer"]
+    group = optimizer.param_groups[0]
+    model = settings.get("model") or {}
+    mix = dict(settings.get("mix") or {})
+    kind = str(mix.pop("_target_", "")).rpartition(".")[2]
+    trained = settings.get("train")
+    averages = ("ema_decay", "swa_start_epoch", "swa_every_epochs", "swa_lr_factor")
+    averaged = trainer["ema_decay"] is not None or trainer["swa_start_epoch"] is not None
+    average = {key: trainer[key] for key in averages if trainer[key] is not None}
+    if trainer["swa_start_epoch"] is None:
+        average.pop("swa_every_epochs", None)
+    parts = {
+        "optimizer": {"name": optim["name"], **{key: group[key] for key in sorted(OPTIONS[optim["name"]])}},
+        "lr": {"peak": lr, "base_lr": optim["base_lr"], "scaling": optim["scaling"]},
+        "weight_decay": optim["weight_decay"],
+        "layer_decay": optim["layer_decay"],
+        "schedule": _schedule_values(schedule),
+        "average": average if averaged else None,
+        "clip_grad_norm": trainer["clip_grad_norm"],
+        "init": model.get("init"),
+        "drop_path": settings.get("drop_path") or model.get("drop_path"),
+        "dropout": settings.get("dropout") or (model.get("args") or {}).get("drop_rate"),
+        "label_smoothing": settings.get("label_smoothing"),
+        "mixing": {"name": kind, **mix} if kind not in ("", "Mixing") else None,
+        "augment": settings["augment"]["views"],
+        "train": None if trained == "all" else trained,
+        "train_amount": settings.get("train_amount"),
+        "early_stopping": {"patience": settings["patience"]} if settings.get("patience") else None,
+        "held_out": settings.get("held_out"),
+        "bad_steps": {"most_in_a_row": trainer["max_bad_steps"], "spike_deviations": trainer["spike_deviations"]},
+    }
+    return {name: value for name, value in parts.items() if value not in (None, 0, 0.0)}
+
+
+def _schedule_values(schedule: Schedule) -> dict[str, Any]:
+    steps = {"every_epochs": "every_steps", "restart_epochs": "restart_steps"}
+    read = {steps.get(key, key) for key in READS[schedule.name]}
+    values = {key: getattr(schedule, key) for key in sorted(read)}
+    kept = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {
+        "name": schedule.name,
+        "total_steps": schedule.total_steps,
+        "warmup_steps": schedule.warmup_steps,
+        **{key: value for key, value in kept.items() if value not in (None, [])},
+    }
+
+
+def parts_line(parts: Mapping[str, Any]) -> str:
+    """The parts of `active_parts` in one line, but for those that the lines of rate, schedule and groups tell."""
+    elsewhere = ("lr", "weight_decay", "layer_decay", "schedule", "average", "augment", "bad_steps")
+    told = [_told(name, value) for name, value in parts.items() if name not in elsewhere]
+    for view in parts["augment"]:
+        told += [f"{key} {view[key]}" for key in ("policy", "erase") if view.get(key)]
+    spikes = parts["bad_steps"]["spike_deviations"]
+    most = _count(parts["bad_steps"]["most_in_a_row"], "bad step")
+    told.append(f"at most {most} in a row" + (f", spikes of {spikes:g} deviations among them" if spikes else ""))
+    return f"with {', '.join(dict.fromkeys(told))}"
+
+
+def _told(name: str, value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"{name} {value}"
+    inner = {key: each for key, each in value.items() if each not in (None, False, 0)}
+    title = f"{inner.pop('name')}" if "name" in inner else name
+    return f"{title} ({', '.join(f'{key} {_plain_value(each)}' for key, each in inner.items())})" if inner else title
+
+
+def _plain_value(value: Any) -> str:
+    return " and ".join(f"{each:g}" for each in value) if isinstance(value, tuple | list) else f"{value}"
 
 
 def recipe_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -135,8 +223,9 @@ def recipe_table(rows: Sequence[dict[str, Any]]) -> str:
         "weight decay": [f"{row['weight_decay']:g}" for row in rows],
         "trust ratio": ["yes" if row["trust_ratio"] else "no" for row in rows],
         "drop path": [_span(row["drop_path"]) for row in rows],
+        "dropout": [_span(row["dropout"]) for row in rows],
     }
-    silent = {"layer": "-", "layer factor": "1", "trust ratio": "no", "drop path": "none"}
+    silent = {"layer": "-", "layer factor": "1", "trust ratio": "no", "drop path": "none", "dropout": "none"}
     shown = {title: cells for title, cells in columns.items() if set(cells) != {silent.get(title)}}
     widths = {title: max(len(title), *map(len, cells)) for title, cells in shown.items()}
     lines = ["  ".join(title.rjust(widths[title]) for title in shown)]

@@ -35,7 +35,15 @@ from ssl.past import take_up
 from ssl.plan import describe_plan, flops_per_image, utilization
 from ssl.profile_report import write_summary
 from ssl.profiling import Profile, StepProfiler, is_profiled
-from ssl.recipe import BatchArithmetic, batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
+from ssl.recipe import (
+    BatchArithmetic,
+    active_parts,
+    batch_arithmetic,
+    effective_recipe,
+    lr_arithmetic,
+    parts_line,
+    recipe_table,
+)
 from ssl.run_pictures import RunPictures, first_images
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
@@ -181,7 +189,9 @@ def train(
         resume_step=start_step,
     )
     rows = effective_recipe(optimizer, method, lr=peak_lr)
-    _write_on_main({out / "config.yaml": config_yaml, out / "recipe.json": json.dumps(rows, indent=2) + "\n"})
+    parts = active_parts(plain(config), optimizer=optimizer, schedule=schedule, lr=peak_lr)
+    recipe_json = json.dumps({"parts": parts, "groups": rows}, indent=2) + "\n"
+    _write_on_main({out / "config.yaml": config_yaml, out / "recipe.json": recipe_json})
     if main:
         arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
         announcement = [
@@ -191,6 +201,7 @@ def train(
             *filter(None, [use.describe()]),
             f"{batch}{_statistics_note(batch, method)}",
             f"{arithmetic}; {schedule.describe()}{average_note(average, settings)}",
+            parts_line(parts),
             recipe_table(rows),
         ]
         tracker.say("\n".join(announcement))

@@ -108,7 +108,7 @@ def test_a_run_saves_the_mean_of_its_weights_and_evaluations_take_it(tmp_path: P
     assert not (folders[2] / "ema.safetensors").exists()
     assert load_backbone(tmp_path).weights == "ema"
     lr = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    peak = json.loads((tmp_path / "recipe.json").read_text())[0]["lr"]
+    peak = json.loads((tmp_path / "recipe.json").read_text())["groups"][0]["lr"]
     assert lr[3:] == pytest.approx([0.5 * peak] * 9)
 
 

@@ -94,7 +94,7 @@ def test_a_run_leaves_what_the_contract_says(finished: tuple[str, Path]):
         assert 0 <= lines[-1]["accuracy"] <= 1
     assert [step for step, _ in steps_saved(out)] == [10]
     recipe = json.loads((out / "recipe.json").read_text())
-    assert {row["weight_decay"] for row in recipe} >= {0.0}
+    assert {row["weight_decay"] for row in recipe["groups"]} >= {0.0}
     assert (out / "pictures" / "views_00000010.png").exists()
     assert (out / "pictures" / "reconstructions_00000010.png").exists() == (method == "mae")
     assert load_backbone(out).weights == "ema"

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
 from torch import nn
 
+from ssl.config import plain
 from ssl.optim import make_optimizer, parameter_groups
-from ssl.recipe import batch_arithmetic, effective_recipe, lr_arithmetic, recipe_table
+from ssl.pretrain import run
+from ssl.recipe import active_parts, batch_arithmetic, effective_recipe, lr_arithmetic, parts_line, recipe_table
+from ssl.schedules import make_schedule
+from tests.test_finetune import config_of
+from tests.test_pretrain import METHODS, SHORT, composed
 
 
 def test_batch_arithmetic_reads_as_a_product():
@@ -96,3 +102,79 @@ def test_table_shows_a_line_per_group_and_only_columns_that_say_something():
     assert "trust ratio" in lars[0]
     assert [("yes" in line, " no" in line) for line in lars[1:]] == [(True, False), (False, True)]
     assert len({len(line) for line in full.splitlines()}) == 1
+
+
+def test_dropout_within_blocks_is_told_for_the_groups_that_have_it():
+    method = Finetuning()
+    method.backbone.blocks[1].mlp.drop1 = nn.Dropout(0.2)
+    method.backbone.head_drop = nn.Dropout(0.5)  # behind all blocks
+    rows = {(row["layer"], row["weight_decay"]): row for row in rows_of(method, layer_decay=0.5)}
+    assert rows[2, 0.05]["dropout"] == [0.2, 0.2]
+    assert rows[1, 0.05]["dropout"] is None
+    assert rows[4, 0.05]["dropout"] is None
+    assert "dropout" in recipe_table(list(rows.values()))
+
+
+def parts_of(config, name: str, **options) -> dict:
+    settings = plain(config)
+    shape = dict(settings["schedule"])
+    schedule = make_schedule(shape.pop("name"), steps_per_epoch=10, total_steps=100, **shape)
+    groups = parameter_groups(nn.Linear(2, 2), weight_decay=0.1)
+    optimizer = make_optimizer(groups, name=name, lr=0.4, **options)
+    return active_parts(settings, optimizer=optimizer, schedule=schedule, lr=0.4)
+
+
+def test_parts_name_what_acts_in_fine_tuning_with_its_values():
+    words = ["recipe=mae", "dropout=0.3", "held_out=0.1", "patience=3", "trainer.ema_decay=0.99", "train_amount=10%"]
+    parts = parts_of(
+        config_of("ckpt=x", *words, "trainer.clip_grad_norm=1", "schedule.warmup_epochs=5"), "adamw", betas=[0.9, 0.95]
+    )
+    assert parts["optimizer"]["name"] == "adamw"
+    assert parts["optimizer"]["betas"] == (0.9, 0.95)
+    assert parts["optimizer"]["eps"] == 1e-8  # not set: what it has
+    assert parts["schedule"] == {"name": "cosine", "total_steps": 100, "warmup_steps": 50, "min_factor": 5e-4}
+    assert (parts["drop_path"], parts["dropout"], parts["label_smoothing"]) == (0.1, 0.3, 0.1)
+    assert parts["mixing"]["name"] == "InputMixing"
+    assert (parts["mixing"]["mixup"], parts["mixing"]["cutmix"]) == (0.8, 1.0)
+    assert (parts["early_stopping"], parts["held_out"]) == ({"patience": 3}, 0.1)
+    assert (parts["average"], parts["clip_grad_norm"]) == ({"ema_decay": 0.99}, 1.0)
+    line = parts_line(parts)
+    for told in (
+        "adamw (betas 0.9 and 0.95,",
+        "clip_grad_norm 1.0",
+        "drop_path 0.1, dropout 0.3, label_smoothing 0.1",
+        "InputMixing (mixup 0.8, cutmix 1.0",
+        "policy rand-m9-mstd0.5-inc1, erase 0.25",
+        "early_stopping (patience 3)",
+        "at most 10 bad steps in a row",
+    ):
+        assert told in line, told
+
+
+def test_parts_that_are_off_are_not_named():
+    parts = parts_of(composed("method=simclr", "model=resnet18", "optim=sgd"), "sgd", momentum=0.9)
+    assert parts.keys() == {"optimizer", "lr", "weight_decay", "schedule", "augment", "bad_steps"}
+    assert parts_line(parts) == "with sgd (momentum 0.9), at most 10 bad steps in a row"
+
+
+def test_a_run_writes_and_prints_the_parts_that_it_has(tmp_path: Path, capsys):
+    words = [
+        "model.init=kaiming_normal",
+        "optim=lamb",
+        "schedule.name=cosine_restarts",
+        "schedule.restart_epochs=1",
+        "trainer.swa_start_epoch=1",
+        "trainer.spike_deviations=6",
+    ]
+    run(composed(*METHODS["simclr"], *SHORT, *words, "trainer.steps=4", "trainer.pictures=false"), out=tmp_path)
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    parts = written["parts"]
+    assert parts["optimizer"] == {"name": "lamb", "betas": [0.9, 0.999], "eps": 1e-6, "trust_clip": False}
+    assert parts["schedule"]["restart_steps"] == 3
+    assert parts["init"] == "kaiming_normal"
+    assert parts["average"] == {"swa_start_epoch": 1.0, "swa_every_epochs": 1.0}
+    assert parts["bad_steps"] == {"most_in_a_row": 10, "spike_deviations": 6.0}
+    assert {row["trust_ratio"] for row in written["groups"]} == {True, False}
+    printed = capsys.readouterr().out
+    assert "with lamb (betas 0.9 and 0.999, eps 1e-06), init kaiming_normal" in printed
+    assert "again from the peak at steps 4, 7, 10" in printed

@@ -28,7 +28,7 @@ def initialize(model: nn.Module, rule: str | None, *, leave: Collection[str] = (
         return
     if rule not in RULES:
         raise ValueError(f"model.init must be null or one of {', '.join(RULES)}; got {rule!r}")
-    layers = [layer for name, *layer in _layers(model) if name not in leave]
+    layers = [(weight, bias, groups) for name, weight, bias, groups in _layers(model) if name not in leave]
     if not layers:
         raise ValueError(f"model.init={rule} has no effect on {type(model).__name__}: no convolution or linear layer")
     for weight, bias, groups in layers:
