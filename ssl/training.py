@@ -190,7 +190,7 @@ def train(
     )
     rows = effective_recipe(optimizer, method, lr=peak_lr)
     parts = active_parts(plain(config), optimizer=optimizer, schedule=schedule, lr=peak_lr)
-    recipe_json = json.dumps({"parts": parts, "groups": rows}, indent=2) + "\n"
+    recipe_json = json.dumps({"notes": list(method.notes), "parts": parts, "groups": rows}, indent=2) + "\n"
     _write_on_main({out / "config.yaml": config_yaml, out / "recipe.json": recipe_json})
     if main:
         arithmetic = lr_arithmetic(optim.base_lr, global_batch_size=global_batch_size, scaling=optim.scaling.name)
@@ -201,6 +201,7 @@ def train(
             *filter(None, [use.describe()]),
             f"{batch}{_statistics_note(batch, method)}",
             f"{arithmetic}; {schedule.describe()}{average_note(average, settings)}",
+            *method.notes,
             parts_line(parts),
             recipe_table(rows),
         ]

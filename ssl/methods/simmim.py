@@ -160,8 +160,8 @@ class SimMIM(Method):
         ]
         if grid == (1, 1):
             said.append(
-                "one vector stands for the whole image; a smaller model.patch_size or +model.args.output_stride, as far "
-                "as the backbone takes them, or a larger data.image_size gives more"
+                "one vector stands for the whole image; a smaller model.patch_size or +model.args.output_stride, "
+                "as far as the backbone takes them, or a larger data.image_size gives more"
             )
         frozen = [name for name in self.token_map.unreached if not self.backbone.get_parameter(name).requires_grad]
         if frozen:
