@@ -20,6 +20,8 @@ from ssl.optim import (
     state_to_tensors,
     tensors_to_state,
 )
+from tests import test_sharding
+from tests.pool import Pool
 
 OPTIMIZERS = {
     "adamw": {"betas": [0.9, 0.95]},
@@ -419,3 +421,39 @@ def test_missing_left_over_and_misshapen_state_is_named():
             tensors_to_state(optimizer, broken)
     assert torch.equal(state_to_tensors(optimizer)["weight/exp_avg"], before)
     assert math.isfinite(float(before.sum()))
+
+
+CUT = {
+    "adam": {"lr": 1e-3, "eps": 1e-2},  # eps as in tests/test_sharding.py: rounding errors make no whole steps
+    "rmsprop": {"lr": 1e-3, "alpha": 0.9, "momentum": 0.9, "eps": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_cut_over_two_ranks_it_moves_as_uncut(two_ranks: Pool, name: str):
+    for cut, plain in two_ranks.run(_steps_cut_and_not, name):
+        test_sharding.assert_close(cut, plain)
+
+
+def _steps_cut_and_not(name: str):
+    test_sharding.OPTIONS[name] = CUT[name]  # in this rank's process
+    found = []
+    for cut in (True, False):
+        trainer = test_sharding.assembled("mae", cut=cut, optimizer=name)
+        test_sharding.steps(trainer, 3)
+        found.append(test_sharding.everything(trainer))
+    return found
+
+
+def test_lamb_over_cut_parameters_is_refused_with_what_to_set(two_ranks: Pool):
+    for said in two_ranks.run(_lamb_cut):
+        assert "trainer.shard=none, or optim=lars" in said
+
+
+def _lamb_cut() -> str:
+    test_sharding.OPTIONS["lamb"] = {"lr": 1e-3}
+    try:
+        test_sharding.assembled("mae", cut=True, optimizer="lamb")
+    except ValueError as error:
+        return str(error)
+    return "taken"
