@@ -26,6 +26,10 @@ from tests.test_export import call
 
 RESNET: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 DEEP_STEM = RESNET | {"stem_width": 8}
+BN_INCEPTION: dict[str, Any] = {
+    "stem_chs": [8, 8, 8],
+    "stages": [[[4, 4, 8, 4, 8, "avg", 4]], [[0, 4, 8, 4, 8, "max", 0]], [[0, 4, 8, 4, 8, "max", 0]]],
+}
 SWIN: dict[str, Any] = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
 FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     # name, arguments, pixels of an image for SimCLR, and of one for relative location, whose patches are a ninth of it
@@ -33,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "VGG": ("vgg11_bn", {"mlp_ratio": 0.01}, 32, 128),
     "VGG without BatchNorm": ("vgg11", {"mlp_ratio": 0.01}, 32, 128),
     "GoogLeNet": ("torchvision/googlenet", {}, 64, 96),
+    "Inception v2": ("bn_inception", BN_INCEPTION, 64, 96),
     "Inception v3": ("inception_v3", {}, 96, 288),
     "Inception v4": ("inception_v4", {}, 96, 288),
     "Inception-ResNet v2": ("inception_resnet_v2", {}, 96, 288),
@@ -47,9 +52,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "MobileNet v1": ("mobilenetv1_100", {}, 64, 96),
     "MobileNet v2": ("mobilenetv2_035", {}, 64, 96),
     "MobileNet v3": ("mobilenetv3_small_050", {}, 64, 96),
+    "ShuffleNet v1": ("shufflenet_v1_g3_x0_25", {}, 64, 96),
     "ShuffleNet v2": ("torchvision/shufflenet_v2_x0_5", {}, 64, 96),
     "SENet": ("legacy_senet154", {"layers": [1, 1, 1, 1]}, 32, 96),
     "SE-ResNet": ("seresnet18", RESNET, 32, 96),
+    "EffNet": ("effnet", {"width": 0.25}, 32, 96),
     "CBAM": ("cbam_resnet18", {}, 32, 96),
     "EfficientNet": ("efficientnet_b0", {}, 64, 96),
     "HarDNet": ("hardnet39ds", {}, 64, 96),
@@ -186,6 +193,7 @@ def test_a_mae_step_gives_every_parameter_of_a_vit_a_gradient() -> None:
         ("torchvision/squeezenet1_1", 64, 3, []),
         ("torchvision/shufflenet_v2_x0_5", 32, 1, ["cat", "dog"]),
         ("hardnet39ds", 64, 3, []),
+        ("bn_inception", 64, 3, []),
     ],
 )
 def test_an_export_brings_what_loads_it_where_this_package_is_not(

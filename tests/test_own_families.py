@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sys
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -206,3 +209,12 @@ def test_a_model_without_residual_blocks_refuses_drop_path(name: str) -> None:
 def test_weights_that_do_not_exist_are_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"[Nn]o pretrained"):
         tiny(name, pretrained=True)
+
+
+@pytest.mark.parametrize("family", families.__all__)
+def test_a_family_file_needs_torch_and_timm_alone(family: str) -> None:
+    """Exports bring the file along, to where this package is not."""
+    tree = ast.parse(Path(getattr(families, family).__file__).read_text())
+    imported = {each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom)}
+    imported |= {name.name for each in ast.walk(tree) if isinstance(each, ast.Import) for name in each.names}
+    assert {str(module).split(".")[0] for module in imported} <= sys.stdlib_module_names | {"torch", "timm"}
