@@ -126,7 +126,11 @@ def freeze(model: Any, train: str | int) -> list[str]:
     return frozen
 
 
-def _before_last_stages(model: Any, names: list[str], count: int) -> list[str]:
+def stages(model: Any) -> tuple[dict[str, int], list[int]]:
+    """The stage of each parameter of a classifier by timm's coarse grouping, and the numbers of the stages in order.
+
+    The last group, norms and the classifier, is none of them. Raises ValueError where timm cannot tell them apart.
+    """
     from timm.models import group_parameters
 
     matcher = getattr(model, "group_matcher", None)
@@ -134,13 +138,27 @@ def _before_last_stages(model: Any, names: list[str], count: int) -> list[str]:
         raise ValueError(f"timm cannot tell the stages of {type(model).__name__} apart; give train=all or train=head")
     layers: Any = group_parameters(model, matcher(coarse=True), reverse=True)
     last = max(layers.values())  # norms and the classifier
-    stages = sorted(set(layers.values()) - {last})
-    if not 1 <= count < len(stages):
+    return layers, sorted(set(layers.values()) - {last})
+
+
+def stages_behind(model: Any, module: str) -> int:
+    """How many stages of a classifier lie behind `module`, a name as in timm's `feature_info`; all but the stem behind
+    one without parameters, such as a ResNet's first activation.
+    """
+    layers, numbers = stages(model)
+    own = [layers[name] for name in layers if name.startswith(f"{module}.")]
+    last = max(own, default=numbers[0])
+    return sum(number > last for number in numbers)
+
+
+def _before_last_stages(model: Any, names: list[str], count: int) -> list[str]:
+    layers, numbers = stages(model)
+    if not 1 <= count < len(numbers):
         raise ValueError(
-            f"train={count} must be all, head, or a number of last stages from 1 to {len(stages) - 1}: "
-            f"{type(model).__name__} has {len(stages)} with its stem"
+            f"train={count} must be all, head, or a number of last stages from 1 to {len(numbers) - 1}: "
+            f"{type(model).__name__} has {len(numbers)} with its stem"
         )
-    return [name for name in names if layers[name] in stages[:-count]]
+    return [name for name in names if layers[name] in numbers[:-count]]
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
