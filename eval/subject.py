@@ -321,7 +321,8 @@ def make_subject(
         drop_path=config.model.drop_path,
         model_args=plain(config.model.args),
     )
-    initialize(model, plain(config.model)["init"])
+    rule = plain(config.model)["init"]
+    initialize(model, rule)
     return Subject(
         model=model,
         sets=resolve_sets(model, sets),
@@ -330,7 +331,7 @@ def make_subject(
         mean=mean,
         std=std,
         identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model, sets)},
-        title=f"untrained {config.model.name}",
+        title=f"untrained {config.model.name}" + (f", {rule}" if rule else ""),
         folder=runs / f"random_{config.model.name}_{data['name']}" / f"seed{config.seed}",
     )
 

@@ -88,6 +88,8 @@ def read_foreign(path: Path, *, model: Mapping[str, Any] | None, image_size: tup
         )
     if model.get("drop_path"):
         raise ValueError(f"model.drop_path={model['drop_path']} has no effect on trained weights; leave it out")
+    if model.get("init"):
+        raise ValueError(f"model.init={model['init']} has no effect on trained weights; leave it out")
     content = read_file(path)
     weights, named = _unwrap(content, path)
     layout, tensors, outside = timm_names(named, content, weights=weights)

@@ -176,8 +176,8 @@ def active_parts(
 
 def _schedule_values(schedule: Schedule) -> dict[str, Any]:
     steps = {"every_epochs": "every_steps", "restart_epochs": "restart_steps"}
-    read = {steps.get(key, key) for key in READS[schedule.name]}
-    values = {key: getattr(schedule, key) for key in sorted(read)}
+    read = sorted(steps.get(key, key) for key in READS[schedule.name])
+    values = {key: getattr(schedule, key) for key in read}
     kept = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return {
         "name": schedule.name,

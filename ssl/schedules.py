@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-READS = {
+READS: dict[str, set[str]] = {
     "cosine": {"min_factor"},
     "cosine_restarts": {"min_factor", "restart_epochs", "restart_factor"},
     "step": {"milestones", "every_epochs", "gamma"},

@@ -10,8 +10,13 @@ import torch
 from scipy.stats import truncnorm
 from torch import nn
 
+from eval.finetune_start import make_model
+from eval.splits import data_settings, make_splits
+from ssl.config import plain
+from ssl.foreign import read_foreign
 from ssl.models.initialize import RULES, initialize
 from ssl.pretrain import make_method
+from tests.test_finetune import config_of
 from tests.test_pretrain import METHODS, TINY_RESNET, composed
 
 TORCHS = {
@@ -118,3 +123,21 @@ def test_a_run_starts_from_the_rule_and_its_seed():
 def test_a_method_that_initialises_the_backbone_itself_refuses_a_rule():
     with pytest.raises(ValueError, match=r"MAE gives the backbone weights of its own.*model\.init=null"):
         make_method(composed(*METHODS["mae"], "model.init=xavier_uniform"), (32, 32))
+
+
+def test_fine_tuning_from_random_weights_takes_the_rule_for_all_but_the_classifier():
+    words = ["ckpt=random", "model=resnet10", "recipe=scratch_resnet", "data=embedded", "model.init=kaiming_uniform"]
+    config = config_of(*words, "data.source.num_train=24", "data.source.num_test=12", "head_std=0.01")
+    settings = data_settings(plain(config.data), None, subject="random")
+    splits = make_splits(settings, own=False, seed=0, command="test")
+    model, *_ = make_model(config, None, splits.train, settings, splits)
+    weight = model.layer2[0].conv1.weight
+    bound = math.sqrt(6 / weight[0].numel())
+    assert 0.99 * bound < weight.abs().max().item() <= bound
+    assert model.fc.weight.abs().max().item() <= 0.02  # two deviations of head_std
+
+
+def test_the_rule_is_refused_for_trained_weights(tmp_path):
+    torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="init=xavier_normal has no effect on trained weights"):
+        read_foreign(tmp_path / "weights.pth", model={"name": "resnet10t", "init": "xavier_normal"})

@@ -204,7 +204,7 @@ def test_a_folder_of_photos_of_any_size_trains_at_224_pixels(tmp_path: Path, met
         (["trainer.epochs=0"], "must be positive"),
         (["+foo=1"], "nothing reads foo"),
         (["+trainer.foo=1"], r"nothing reads trainer\.foo"),
-        (["schedule.milestones=[3]"], "have no effect"),
+        (["schedule.milestones=[3]"], "has no effect with schedule.name=cosine"),
         (["data.image_size=abc"], "data.image_size is one size"),
         (["method._target_=ssl.methods.nothing.Here"], "cannot be found"),
         (["optim.options.nesterov=true"], "optim.options"),

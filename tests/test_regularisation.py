@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.models.resnet import BasicBlock
@@ -11,6 +13,7 @@ from torch import nn
 from ssl.averaging import MovingAverage, averaged_copy
 from ssl.models.backbones import BackboneSpec, build_backbone
 from ssl.models.classifier import make_classifier
+from tests.test_trainer import make_batch, make_method, make_trainer
 
 VIT = {"embed_dim": 24, "depth": 5, "num_heads": 2}
 
@@ -80,3 +83,19 @@ def test_dropout_acts_on_the_features_before_the_classifier_and_scales_the_rest(
 class _Zero(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
+
+
+def test_clipped_gradients_have_the_norm_that_is_given_and_their_direction():
+    """Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1, over all parameters together."""
+    method = make_method("mae", norm=False)
+    plain, clipped = (copy.deepcopy(method) for _ in range(2))
+    moved = {}
+    for name, copied, most in (("plain", plain, None), ("clipped", clipped, 0.01)):
+        trainer = make_trainer(copied, clip_grad_norm=most)  # SGD at a rate of 1: weights move by the gradient
+        copied.train()
+        norm = trainer.step(make_batch(copied), step=0)["grad_norm"].item()
+        assert norm > 0.1  # told before clipping
+        pairs = zip(copied.parameters(), method.parameters(), strict=True)
+        moved[name] = torch.cat([(now - before).detach().flatten() for now, before in pairs])
+    assert moved["clipped"].norm().item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(moved["clipped"], moved["plain"] * 0.01 / moved["plain"].norm(), rtol=1e-2, atol=1e-6)
