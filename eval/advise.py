@@ -298,9 +298,11 @@ def _num_stages(loaded: LoadedBackbone, sets: Sequence[FeatureSet], evidence: Ev
     try:
         most = len(stages(model)[1]) - 1
     except ValueError as error:
-        return None, [str(error)]
+        return None, [f"{error}; the command for the last stages trains everything"]
     if most < 1:
-        return None, [f"{type(model).__name__} is one stage for timm"]
+        return None, [
+            f"{type(model).__name__} is one stage for timm; the command for the last stages trains everything"
+        ]
     layer = evidence.earlier_layer
     if evidence.best_earlier is None or evidence.best_earlier.value <= 0 or layer is None or not layer.isdecimal():
         return max(most // 3, 1), []
@@ -318,9 +320,7 @@ def _commands(
     def command(train: Train) -> str:
         if train == "head":
             return f"python -m eval.linear_probe {words}"
-        chosen = "" if train == "all" else f" train={1 if count is None else count}"
-        if train == "stages" and count is None:  # timm cannot freeze a part of this model
-            chosen = ""
+        chosen = f" train={count}" if train == "stages" and count is not None else ""
         return f"python -m eval.finetune {words} recipe={recipe}{chosen}"
 
     found = [command(advice.train)]

@@ -294,7 +294,7 @@ def composed(command: Any, schema: type, name: str, words: list[str]) -> Any:
 def call(*words: str) -> dict[str, Any]:
     """What the command does with these words, in this process."""
     small = ["device=cpu", "precision=fp32", "threads=1", "similarity_sample=60", "folds=3"]
-    return advise.run(composed(advise, advise.AdviseConfig, "advise", [*words, *small]))
+    return advise.run(composed(advise, advise.AdviseConfig, "advise", [*small, *words]))
 
 
 def scrambled(num: int) -> list[str]:

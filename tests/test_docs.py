@@ -25,6 +25,7 @@ SCHEMAS = {
     "eval.linear_probe": "LinearProbeConfig",
     "eval.finetune": "FinetuneConfig",
     "eval.health": "HealthConfig",
+    "eval.advise": "AdviseConfig",
     "eval.predict": "PredictConfig",
     "eval.features": "FeaturesConfig",
     "eval.export": "ExportConfig",
