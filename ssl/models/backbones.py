@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -163,6 +163,10 @@ def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: st
         ) from None
     if spec.stem != "standard":
         _make_stem_small(model, padding=2 if spec.stem == "padded" else 1, device=device)
+    if not drop_path:  # timm's Swin would drop at rates up to 0.1 unless told otherwise
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
     if drop_path and not any(getattr(module, "drop_prob", 0.0) for module in model.modules()):
         raise ValueError(
             f"model.drop_path={drop_path} has no effect on {spec.architecture} with {spec.model_args}; set it to 0."
