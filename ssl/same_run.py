@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,7 +63,7 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
     A setting that the run's version did not have yet counts as the default of `schema`.
     """
     before, now = flat(read_config(folder)), flat(plain(config))
-    defaults = flat(plain(OmegaConf.structured(schema)))
+    defaults = _defaults(schema)
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     binding = {"trainer.steps"} if config.trainer.epochs is None else set()  # then it is the length
     if config.get("patience") is not None:  # counted in evaluations
@@ -79,6 +80,15 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
             + "\n  ".join(changed)
             + "\nGive another out= for a new run, or accept_changes=true to continue this one under the new recipe"
         )
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    """The defaults of a schema and of its groups, also of those that must be given, by dotted keys."""
+    defaults = flat(plain(OmegaConf.structured(schema)))
+    for name, kind in get_type_hints(schema).items():
+        if is_dataclass(kind):
+            defaults |= flat(plain(OmegaConf.structured(kind)), name)
+    return defaults
 
 
 def same_images(state: Mapping[str, Any], images: tuple[int, int], where: str, out: Path) -> None:

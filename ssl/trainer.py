@@ -88,7 +88,7 @@ class Trainer:
         self.guard = StepGuard(self.device, spike_deviations=self.spike_deviations)
         self.unlogged = UnloggedSteps(self.device)
         # The fused kernel itself can leave everything as it is where a number on the device says so: no wait for it.
-        fused = isinstance(self.optimizer, torch.optim.AdamW) and bool(self.optimizer.defaults.get("fused"))
+        fused = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(self.optimizer.defaults.get("fused"))
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
         self._statistics = _RunningStatistics(self.method)
         self._num_told = 0

@@ -92,7 +92,7 @@ def test_a_setting_that_a_run_did_not_know_yet_counts_as_its_default(tmp_path: P
     run(composed(*words), out=tmp_path)
     recipe = steps_saved(tmp_path)[-1][1] / "run.yaml"
     values = yaml.safe_load(recipe.read_text())
-    del values["trainer"]["clip_grad_norm"], values["trainer"]["swa_every_epochs"]
+    del values["trainer"]["clip_grad_norm"], values["trainer"]["swa_every_epochs"], values["model"]["library"]
     recipe.write_text(yaml.safe_dump(values))
     card = recipe.with_name("state.json")
     state = json.loads(card.read_text())
