@@ -22,6 +22,8 @@ class BadSteps:
     """What a guard has seen: steps skipped in all and in a row up to now, and of these the first and its numbers."""
 
     total: int
+    counted: int
+    """Of all, those that are not a loss scaler's search."""
     in_a_row: int
     first: int  # counted from 1; 0 before there is one
     loss: float
@@ -40,8 +42,9 @@ class StepGuard:
 
     def __init__(self, device: torch.device, *, spike_deviations: float | None = None) -> None:
         self.spike_deviations = spike_deviations
-        # Recent losses: mean, variance, how many steps went in. Then: skipped, in a row, and the first of the row.
-        self._state = torch.zeros(8, dtype=_accurate(device), device=device)
+        # Recent losses: mean, variance, how many steps went in. Then: skipped, of these counted, in a row, and the
+        # first of the row with its numbers.
+        self._state = torch.zeros(9, dtype=_accurate(device), device=device)
 
     def judge(self, loss: Tensor, grad_norm: Tensor, step: int, *, tolerant: bool = False) -> Tensor:
         """Whether `step`, counted from 0, is to be skipped: a bool on the device, the same on all ranks.
@@ -53,7 +56,7 @@ class StepGuard:
         loss, grad_norm = loss.detach().to(state.dtype), grad_norm.detach().to(state.dtype)
         own = torch.stack([loss, (~loss.isfinite()).to(state.dtype)])
         mean_loss, broken = distributed.mean_over_ranks(own)  # NaN of one rank is NaN for all
-        mean, variance, count, total, in_a_row, first, first_loss, first_norm = state
+        mean, variance, count, total, all_counted, in_a_row, first, first_loss, first_norm = state
         infinite = (broken > 0) | ~mean_loss.isfinite()
         excess = (mean_loss - mean) / variance.sqrt().clamp(min=1e-12)
         bad = infinite | ~grad_norm.isfinite()
@@ -70,6 +73,7 @@ class StepGuard:
                 torch.where(bad, variance, (1 - weight) * (variance + weight * difference.square())),
                 torch.where(bad, count, count + 1),
                 total + bad,
+                all_counted + counted,
                 torch.where(counted, in_a_row + 1, torch.where(bad, in_a_row, torch.zeros_like(in_a_row))),
                 torch.where(starts_row, torch.full_like(first, step + 1), first),
                 torch.where(starts_row, mean_loss, first_loss),
@@ -80,9 +84,9 @@ class StepGuard:
 
     def read(self) -> BadSteps:
         """What has been seen so far; waits for the device."""
-        mean, variance, _, total, in_a_row, first, loss, grad_norm = self._state.tolist()
+        mean, variance, _, total, counted, in_a_row, first, loss, grad_norm = self._state.tolist()
         deviations = (loss - mean) / max(variance**0.5, 1e-12) if first else 0.0
-        return BadSteps(int(total), int(in_a_row), int(first), loss, grad_norm, deviations)
+        return BadSteps(int(total), int(counted), int(in_a_row), int(first), loss, grad_norm, deviations)
 
     def state(self) -> list[float | str]:
         """What a checkpoint keeps, exact; numbers that JSON has not stand by their names."""

@@ -1,7 +1,7 @@
 """The only training loop: autocast, accumulation, DistributedDataParallel, clipping, skipping of bad steps, saving.
 
-It knows nothing of methods, configs or data beyond what its arguments say, and no device is waited for between two
-logged steps.
+It knows nothing of methods, configs or data beyond what its arguments say. With fused Adam or AdamW no device is waited
+for between two logged steps; with other optimizers, and in fp16, one number a step: whether to skip it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Trainer:
         self.guard = StepGuard(self.device, spike_deviations=self.spike_deviations)
         self.unlogged = UnloggedSteps(self.device)
         # The fused kernel itself can leave everything as it is where a number on the device says so: no wait for it.
-        fused = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(self.optimizer.defaults.get("fused"))
+        fused = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(
+            self.optimizer.defaults.get("fused")
+        )
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
         self._statistics = _RunningStatistics(self.method)
         self._num_told = 0
@@ -255,9 +257,9 @@ class Trainer:
     def _check_row(self) -> None:
         """Raise NotFinite where too many steps in a row were bad."""
         seen = self.guard.read()
-        if seen.total > self._num_told:
-            self._num_told = seen.total
-            self.warn(f"skipped {seen.total} of the run's steps: {seen.why()}")
+        if seen.counted > self._num_told:
+            self._num_told = seen.counted
+            self.warn(f"skipped {seen.counted} of the run's steps: {seen.why()}")
         if seen.in_a_row <= self.max_bad_steps:
             return
         kept = self.save_failed(seen.first, seen.why())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -363,7 +364,11 @@ def train(
     trainer.unlogged.load(past.unlogged)
     if past.scaler and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(past.scaler)
-    try:
+    with contextlib.ExitStack() as closing:  # each is closed, whatever the others run into
+        closing.callback(tracker.close)
+        closing.callback(watchdog.close)
+        if profiler is not None:
+            closing.callback(profiler.close)
         if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
             with watchdog.paused("evaluating"):
                 show_start(evaluations, subject(0))
@@ -380,11 +385,6 @@ def train(
             was = "was already complete" if start_step >= stop_step else "is complete"
             what_next = f"\nnext: {next_command}" if next_command else ""
             tracker.say(f"the run {was} at step {max(start_step, stop_step)}: {out}{what_next}")
-    finally:
-        if profiler is not None:
-            profiler.close()
-        watchdog.close()
-        tracker.close()
     return latest
 
 
