@@ -31,9 +31,10 @@ class MetricsFile:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row, which has only what JSON has."""
         self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the lines that wait, as far as there is room for them now."""
         try:
             # Opened each time: a folder that was away for a while, as network ones are, is found again.
             with self.path.open("ab", buffering=0) as file:
@@ -56,7 +57,7 @@ class MetricsFile:
         if self.closed:
             return
         self.closed = True
-        self._flush()
+        self.flush()
         if self._waiting:
             lines = self._waiting.splitlines()
             log.warning(

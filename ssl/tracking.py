@@ -100,6 +100,11 @@ class Tracker:
             with _shown_if_possible():
                 self._progress.say(text)
 
+    def flush(self) -> None:
+        """Write the metrics that wait for room on the disk: call it where a save may have made some."""
+        if self.is_main:
+            self._file.flush()
+
     def close(self) -> None:
         """End the bar, the file and wandb. May be called twice."""
         if not self.is_main or self._file.closed:

@@ -303,6 +303,7 @@ def train(
             renew_statistics(method, average, (augment(to_device(each, device)) for each in shown))
         count_bad_images()  # so that the checkpoint knows those of all ranks
         saver.save(step, final=final)
+        tracker.flush()  # the save may have made room
         if settings.pictures:
             pictures.show(step)
 

@@ -143,6 +143,19 @@ def test_lines_wait_in_memory_while_the_disk_is_full_and_are_written_in_order_wh
     assert caplog.messages[1].endswith("is written again, and complete")
 
 
+def test_lines_that_wait_for_room_are_written_by_a_flush_without_another_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = disabled(tmp_path)
+    path.symlink_to("/dev/full")
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+    path.unlink()
+    tracker.flush()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2]
+    tracker.close()
+    Tracker(tmp_path, total_steps=2, is_main=False).flush()
+
+
 def test_a_line_that_was_written_in_part_goes_on_where_it_broke_off(tmp_path):
     tracker = disabled(tmp_path)
     tracker.log(1, {"loss": 1.0})
