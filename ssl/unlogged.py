@@ -18,9 +18,16 @@ class UnloggedSteps:
         self._device = device
         self._names: list[str] = []
         self._rows: list[Tensor] = []  # (names,) each
+        self._loaded = False
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """This rank's scalars of one more step; each step has the same names."""
+        """This rank's scalars of one more step; each step has the same names.
+
+        Rows that were loaded and have others, of a run that goes on with another recipe, are dropped.
+        """
+        if self._loaded and set(metrics) != set(self._names):
+            self.clear()
+        self._loaded = False
         if not self._rows:
             self._names = list(metrics)
         self._rows.append(torch.stack([metrics[name].float() for name in self._names]))
@@ -51,3 +58,4 @@ class UnloggedSteps:
         self.clear()
         for row in state:
             self.add({name: torch.tensor(float(number), device=self._device) for name, number in row.items()})
+        self._loaded = True
