@@ -59,10 +59,10 @@ def check_objective(config: DictConfig) -> None:
         importlib.import_module("eval.objective").check_data(name, config)
 
 
-def find_objective(config: DictConfig, metrics: Mapping[str, float], *, out: Path) -> float | None:
+def find_objective(config: DictConfig, metrics: Mapping[str, float | None], *, out: Path) -> float | None:
     """The objective of the finished run in `out` with the last `metrics`; None where none is asked for.
 
-    Raises ValueError where the run has no such metric.
+    Raises ValueError where the run has no such metric, or its last one is not finite.
     """
     name = config.objective
     if name is None:
@@ -75,6 +75,11 @@ def find_objective(config: DictConfig, metrics: Mapping[str, float], *, out: Pat
         raise ValueError(
             f"objective={name}, but this run has {', '.join(sorted(metrics))}; or {', '.join(JUDGED)}. "
             "The same command with another objective= finds it without training again"
+        )
+    if value is None:
+        raise ValueError(
+            f"objective={name} cannot be told: the run's last {name} is not finite, as every step since its last line "
+            "was skipped; see skipped_steps in metrics.jsonl. Try a lower optim.base_lr, or objective=eval.knn"
         )
     print(f"objective {name}: {value:.6g}", flush=True)
     return float(value)
