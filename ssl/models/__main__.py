@@ -44,11 +44,11 @@ def print_presets() -> None:
             widths = {name: max(len(name), WIDTHS.get(name, 0)) for name in line}
             print("  ".join(name.ljust(width) for name, width in widths.items()).rstrip())
         print("  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip(), flush=True)
+    sides = ", ".join(map(str, SIDES))
     print(
-        f"\nCounted at {SIDES[0]} pixels. Below a method's name: the smallest of {', '.join(map(str, SIDES))} pixels at "
-        "which it takes the model, - where it takes it at none of them.\n"
-        "The rest of each family: model=timm model.name=NAME, or model=torchvision model.name=NAME.\n"
-        "next: python -m ssl.models resnet50"
+        f"\nCounted at {SIDES[0]} pixels. Below a method's name: the smallest of {sides} pixels at which it takes the\n"
+        "model; - where it takes it at none of them. The rest of each family: model=timm model.name=NAME, or\n"
+        "model=torchvision model.name=NAME.\nnext: python -m ssl.models resnet50"
     )
 
 

@@ -100,13 +100,13 @@ def multiply_adds(backbone: nn.Module, image_size: tuple[int, int], in_chans: in
 
 
 def row(preset: Preset) -> dict[str, Any]:
-    """A preset's line in a list of all: what it is, counted at SIDES[0] pixels, and which methods take it from where."""
+    """A preset's line in a list of all: what it is, counted at SIDES[0] pixels, and where which method takes it."""
     backbone, spec = built(preset.settings, SIDES[0])
     counted = {
         "M parameters": round(count_parameters(backbone)[0] / 1e6, 2),
         "G multiply-adds": round(multiply_adds(backbone, spec.image_size, spec.in_chans) / 1e9, 2),
     }
-    taken = accepted(preset.settings)
+    taken = accepted(preset.settings, at_first=(backbone, spec))
     return {
         "model=": preset.preset,
         "source": source(preset.name),
@@ -124,27 +124,34 @@ def methods() -> dict[str, dict[str, Any]]:
     return {path.stem: yaml.safe_load(path.read_text())["method"] for path in found}
 
 
-def accepted(settings: Mapping[str, Any]) -> dict[str, int | str]:
+def accepted(
+    settings: Mapping[str, Any], *, at_first: tuple[nn.Module, BackboneSpec] | None = None
+) -> dict[str, int | str]:
     """For each method the smallest of SIDES at which it takes the model, or why it takes it at none.
 
-    Found by building both on the meta device.
+    Found by building both on the meta device; `at_first` is what `built` gave for SIDES[0].
     """
-    tried: dict[str, int | str] = dict.fromkeys(methods(), "")
-    backbone = spec = None
+    known = methods()
+    tried: dict[str, int | str] = dict.fromkeys(known, "")
+    backbone, spec = at_first or (None, None)
     for side in SIDES:
         missing = [name for name, found in tried.items() if isinstance(found, str)]
         if not missing:
             break
         try:
-            if spec is None or "img_size" in spec.model_args or is_torchvision(spec.architecture):
+            if spec is None or (side > SIDES[0] and _depends_on_size(spec)):
                 backbone, spec = built(settings, side)
         except ValueError as error:
             tried.update({name: tried[name] or str(error) for name in missing})
             continue
         for name in missing:
-            reason = _refusal(methods()[name], backbone, side, spec.in_chans)
+            reason = _refusal(known[name], backbone, side, spec.in_chans)
             tried[name] = side if reason is None else tried[name] or reason
     return tried
+
+
+def _depends_on_size(spec: BackboneSpec) -> bool:
+    return "img_size" in spec.model_args or is_torchvision(spec.architecture)
 
 
 def _refusal(method: Mapping[str, Any], backbone: nn.Module | None, side: int, in_chans: int) -> str | None:
