@@ -149,7 +149,7 @@ def make_room(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: i
         for step, folder in folders[: max(len(folders) + 1 - keep_last, 0)]
         if not (keep_every_steps and step % keep_every_steps == 0)
     ]
-    whole = next((folder for _, folder in reversed(folders) if surplus and _is_whole(folder)), None)
+    whole = next((folder for _, folder in reversed(folders) if surplus and is_whole(folder)), None)
     gone = [folder for folder in surplus if whole is not None and folder != whole]
     for folder in gone:
         _remove(folder)
@@ -159,6 +159,15 @@ def make_room(run_dir: Path, *, newest: int, keep_last: int, keep_every_steps: i
 def steps_saved(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint in a run folder, oldest first."""
     return [(step, folder) for step, folder in _entries(run_dir) if folder.is_dir()]
+
+
+def last_saved(run_dir: Path) -> str:
+    """The last checkpoint of a run folder, for a message: its folder, `none`, or that the folder cannot be listed."""
+    try:
+        saved = steps_saved(run_dir)
+    except ValueError as error:
+        return f"not known ({error})"
+    return str(saved[-1][1]) if saved else "none"
 
 
 def _entries(run_dir: Path) -> list[tuple[int, Path]]:
@@ -368,7 +377,8 @@ def _load_checkpoint(folder: Path) -> LoadedBackbone:
     )
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all of the content that was written."""
     try:
         verify(folder, read_state(folder))
     except ValueError:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 import ssl.sweeps as sweeps
-from ssl.checkpoint import steps_saved
+from ssl.checkpoint import is_whole, steps_saved
 from ssl.data.threads import available_cores
 from ssl.elastic import Agent, Machines
 from ssl.launch_files import Report, Task, Workers, write_task
@@ -134,34 +134,55 @@ def _several_machines(nodes: int, devices: int) -> Machines:
 
 def _run_and_restart(machines: Machines, folder: Path, settings: Any, *, out: Path) -> Any:
     """The result of the first start that comes to an end; one that is lost is followed by another."""
-    losses, before, lost = 0, _last_step(out), None
-    attempt = 0
-    while True:
-        place = folder / str(attempt)
-        place.mkdir()
-        workers = Workers(place)
-        with _Requests() as requests, _environment(machines, place):
-            agent = Agent(place, machines, attempt=attempt)
-            if lost is not None:
-                _time_to_next_step(out, lost)
-            agent.start()
-            _look_after(agent, workers, requests, seconds=settings.shutdown_seconds)
-        ending = Ending(
-            workers.reports(), agent.exit_codes, agent.error, workers.lost_at(), requests.number, requests.at_once
-        )
-        result = ending.result()
-        if not ending.is_lost:
-            return result
-        step = _last_step(out)
-        losses = 1 if step > before else losses + 1
-        lost, before = (ending.lost_at, step), step
-        if losses > settings.max_restarts:
-            raise GroupLost(
-                f"{ending.how()}; that is {losses} times since step {step}, and launch.max_restarts="
-                f"{settings.max_restarts}; what was saved stays, and the same command continues from it"
+    attempt, losses, step, lost = 0, 0, 0, None
+    with _Requests() as requests, _environment(machines):
+        while True:
+            ending = _start_once(
+                machines, folder / str(attempt), settings, requests, attempt=attempt, out=out, lost=lost
             )
-        _say(f"{ending.how()}; starting all again from step {step} ({losses} of {settings.max_restarts} restarts)")
-        attempt += 1
+            result = ending.result()
+            if not ending.is_lost:
+                return result
+            before, step = step, _last_whole_step(out, unless=step)
+            losses = 1 if step > before else losses + 1
+            lost = ending.lost_at, step
+            requests.end_if_asked()  # after the processes had gone
+            if losses > settings.max_restarts:
+                raise GroupLost(
+                    f"{ending.how()}; that is {losses} times since step {step}, and launch.max_restarts="
+                    f"{settings.max_restarts}; what was saved stays, and the same command continues from it"
+                )
+            _say(f"{ending.how()}; starting all again from step {step} ({losses} of {settings.max_restarts} restarts)")
+            attempt += 1
+
+
+def _start_once(
+    machines: Machines,
+    place: Path,
+    settings: Any,
+    requests: _Requests,
+    *,
+    attempt: int,
+    out: Path,
+    lost: tuple[float, int] | None,
+) -> Ending:
+    """Start the processes and wait until all have ended. `lost` says when and at which step those before were lost."""
+    place.mkdir()
+    workers = Workers(place)
+    agent = Agent(place, machines, attempt=attempt)
+    if lost is not None:
+        _time_to_next_step(out, lost)
+    agent.start()
+    _look_after(agent, workers, requests, seconds=settings.shutdown_seconds)
+    return Ending(
+        workers.reports(),
+        agent.exit_codes,
+        agent.error,
+        workers.lost_at(),
+        requests.number,
+        requests.at_once,
+        requests.earlier,
+    )
 
 
 def _look_after(agent: Agent, workers: Workers, requests: _Requests, *, seconds: float) -> None:
@@ -198,6 +219,8 @@ class Ending:
     asked: int = 0
     """The signal that this process was sent, 0 for none."""
     at_once: bool = False
+    earlier: Callable[[int], Handler] = lambda number: None
+    """Who handled a signal before the launcher did."""
 
     @property
     def is_lost(self) -> bool:
@@ -213,10 +236,9 @@ class Ending:
             raise KeyboardInterrupt
         for _, report in sorted(self.reports.items()):
             if report.code not in (0, LOST_CONTACT) and (report.step is not None or self.asked or not self.exit_codes):
-                _raise_stop(report)  # else elastic sent the signal, because another rank is lost
+                _raise_stop(report, self.earlier)  # else elastic sent the signal, because another rank is lost
         if self.asked:
-            _say(f"ended by {signal.Signals(self.asked).name} before the processes had saved; what was saved stays")
-            raise SystemExit(128 + self.asked)
+            _end_by(self.asked)
         if self.error is not None:
             raise ChildProcessError(f"the processes could not be started: {self.error}") from self.error
         for rank, code in sorted(self.exit_codes.items()):
@@ -249,17 +271,22 @@ def _raise_mistake(reports: list[Report]) -> None:
     raise ValueError(first.message) if first.is_plain else ChildProcessError(f"rank {first.rank}: {first.message}")
 
 
-def _raise_stop(report: Report) -> None:
+def _raise_stop(report: Report, earlier: Callable[[int], Handler]) -> None:
     if report.step is None:
         _say(f"{report.message}")
         raise SystemExit(report.code)
     code = report.code - 128 if report.code > 128 else report.code
-    earlier: Handler = signal.getsignal(code) if report.code > 128 else None
-    raise Stopped(report.step, code, earlier=earlier)
+    raise Stopped(report.step, code, earlier=earlier(code) if report.code > 128 else None)
+
+
+def _end_by(number: int) -> NoReturn:
+    _say(f"ended by {signal.Signals(number).name} before the processes had saved; what was saved stays")
+    raise SystemExit(128 + number)
 
 
 class _Requests:
-    """Notes the signals that this process is sent while it is entered; a second Ctrl-C ends the processes at once.
+    """Notes the signals that this process is sent while it is entered, also between two starts of the processes; a
+    second Ctrl-C ends them at once.
 
     Outside the main thread nothing is installed.
     """
@@ -267,7 +294,17 @@ class _Requests:
     def __init__(self) -> None:
         self.number = 0
         self.at_once = False
+        self._num_interrupts = 0
         self._earlier: dict[int, Handler] = {}
+
+    def earlier(self, number: int) -> Handler:
+        """Who handled a signal before this did."""
+        return self._earlier.get(number)
+
+    def end_if_asked(self) -> None:
+        """Raise SystemExit where a signal has come."""
+        if self.number:
+            _end_by(self.number)
 
     def __enter__(self) -> _Requests:
         with contextlib.suppress(ValueError):  # not the main thread
@@ -281,12 +318,13 @@ class _Requests:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.at_once = self.at_once or number == self.number == signal.SIGINT
+        self._num_interrupts += number == signal.SIGINT
+        self.at_once = self.at_once or self._num_interrupts > 1
         self.number = self.number or number
 
 
 @contextlib.contextmanager
-def _environment(machines: Machines, place: Path) -> Iterator[None]:
+def _environment(machines: Machines) -> Iterator[None]:
     """What the processes find in their environment, which elastic takes from this one's."""
     added = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -304,8 +342,13 @@ def _environment(machines: Machines, place: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _last_step(out: Path) -> int:
-    return max((step for step, _ in steps_saved(out)), default=0)
+def _last_whole_step(out: Path, *, unless: int) -> int:
+    """The step that the processes will go on from; `unless` where the folder cannot be listed, which may pass."""
+    try:
+        saved = steps_saved(out)
+    except (ValueError, OSError):
+        return unless
+    return next((step for step, folder in reversed(saved) if is_whole(folder)), 0)
 
 
 def _time_to_next_step(out: Path, lost: tuple[float, int]) -> None:

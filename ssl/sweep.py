@@ -54,11 +54,6 @@ class Sweep:
         return self.folder.name
 
     @property
-    def is_here(self) -> bool:
-        """Whether this is the process that started the sweep."""
-        return (self.host, self.pid) == (socket.gethostname(), os.getpid())
-
-    @property
     def is_above(self) -> bool:
         """Whether this process is a worker of the one that started the sweep, as joblib's are."""
         return (self.host, self.pid) == (socket.gethostname(), os.getppid())

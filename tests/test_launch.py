@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+import ssl.launch as launch
 from ssl.checkpoint import steps_saved
 from ssl.config import PretrainConfig, plain
 from ssl.elastic import Machines
-from ssl.launch import Ending, find_machines
+from ssl.launch import Ending, _Requests, find_machines
 from ssl.launch_files import Report, Task, Workers, read_task, write_report, write_task
 from ssl.pretrain import run
 from ssl.stopping import Stopped
@@ -419,3 +421,65 @@ def test_only_commands_of_the_table_are_run(tmp_path: Path):
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert Workers(place).reports()[0].message == "KeyError: 'os.system'"
+
+
+# ---- between two starts ----------------------------------------------------------------------------------------------
+
+
+def test_two_ctrl_c_after_a_sigterm_end_all_at_once():
+    requests = _Requests()
+    for number, at_once in [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)]:
+        requests._note(number, None)
+        assert requests.at_once is at_once
+    assert requests.number == signal.SIGTERM
+
+
+def test_a_signal_between_two_starts_is_heard_and_no_other_start_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    started: list[int] = []
+
+    def lose(*_: Any, attempt: int, **__: Any) -> Ending:
+        started.append(attempt)
+        return Ending({}, {0: -9}, lost_at=time.time())
+
+    def listed_while_a_signal_comes(out: Path) -> list[tuple[int, Path]]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return []
+
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(launch, "_start_once", lose)
+    monkeypatch.setattr(launch, "steps_saved", listed_while_a_signal_comes)
+    settings = composed("launch.max_restarts=9").launch
+    with pytest.raises(SystemExit) as end:
+        launch._run_and_restart(Machines(2), tmp_path, settings, out=tmp_path)
+    assert end.value.code == 128 + signal.SIGUSR1
+    assert started == [0]
+    assert "ended by SIGUSR1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_stop_knows_who_handled_the_signal_before_the_launcher():
+    called: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
+    try:
+        with _Requests() as requests, pytest.raises(Stopped) as stopped:
+            Ending(reports(report(0, 140, "stopped", step=7)), earlier=requests.earlier).result()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    stopped.value.pass_on()
+    assert called == [signal.SIGUSR2]
+
+
+def test_a_start_goes_on_from_the_newest_whole_checkpoint_although_a_damaged_one_is_newer(tmp_path: Path):
+    write_run(tmp_path)
+    ((step, folder),) = steps_saved(tmp_path)
+    newer = folder.with_name(f"step_{step + 1:08}")
+    shutil.copytree(folder, newer)
+    (newer / "model.safetensors").write_bytes(b"cut short")
+    assert launch._last_whole_step(tmp_path, unless=0) == step
+
+
+def test_a_folder_that_cannot_be_listed_for_a_moment_counts_as_it_was(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("no folder")
+    assert launch._last_whole_step(tmp_path, unless=5) == 5
