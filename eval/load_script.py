@@ -69,6 +69,17 @@ def _small_stem(model: Any) -> str:
 def _program(library: str, why: list[str], steps: list[str]) -> str:
     text = "\n".join(steps)
     standard = [f"import {name}\n" for name in ("importlib", "sys") if f"{name}." in text]
+    weights = 'load_file(Path(__file__).with_name("model.safetensors"))'
+    steps = [*steps, f"model.load_state_dict({weights})"]
+    if library == "torchvision":
+        steps[-1:] = [
+            f"weights = {weights}",
+            "state = model.state_dict()  # with the versions of its parts, which some models ask for",
+            "if state.keys() != weights.keys():",
+            '    raise ValueError("the weights are not those of this model")',
+            "state.update(weights)",
+            "model.load_state_dict(state)",
+        ]
     body, reasons = "\n    ".join(steps), "\n".join(why)
     parts = "from torch import nn\n" if "nn." in text else ""
     return f'''"""Load this backbone: from load import load; model = load()
@@ -85,6 +96,5 @@ from safetensors.torch import load_file
 
 def load():
     {body}
-    model.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))
     return model.eval()
 '''
