@@ -347,7 +347,7 @@ def train(
         checkpoint_every_steps=settings.checkpoint_every_steps,
         log=on_log,
         save=on_save,
-        last_saved=lambda: str(next(reversed(checkpoint.steps_saved(out)), ("", "none"))[1]),
+        last_saved=lambda: checkpoint.last_saved(out),
         evaluate=on_evaluate if evaluations and settings.eval_every_epochs else None,
         evaluate_every_steps=max(round((settings.eval_every_epochs or 1) * steps_per_epoch), 1),
         end_step=span,
