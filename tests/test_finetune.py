@@ -279,6 +279,34 @@ def test_with_patience_the_best_weights_are_kept_also_at_the_end(resnet: Path, t
     assert not differ(weights(tmp_path), load_file(saved[3] / "model.safetensors"))
 
 
+def test_best_weights_that_cannot_be_written_are_warned_of_and_the_next_better_ones_are_kept(
+    resnet: Path, tmp_path: Path, monkeypatch, caplog
+):
+    scores = iter([0.2, 0.9, 0.5, 0.3])
+    monkeypatch.setattr("eval.held_out.headline", lambda *_, **__: {"top1": next(scores)})
+    for number in range(10):  # a folder stands where the weights of the second evaluation are to be
+        (tmp_path / "best_00000006.safetensors" / str(number)).mkdir(parents=True)
+    words = [f"ckpt={resnet}", *PLAIN, "held_out=0.25", "patience=5", "trainer.epochs=4", "trainer.eval_every_epochs=1"]
+    result = tuned(tmp_path, *words, "trainer.checkpoint_every_steps=3", "trainer.keep_last=9")
+    assert next(message for message in caplog.messages if "best weights" in message).endswith("step 3 stay the best")
+    saved = dict(steps_saved(tmp_path))
+    assert not differ(weights(tmp_path), load_file(saved[9] / "model.safetensors"))
+    assert result["protocol"]["reported"] == "the weights of step 9, the best on held-out images"
+
+
+def test_best_weights_that_were_damaged_are_refused(resnet: Path, tmp_path: Path, monkeypatch):
+    def damage(*_: object, **__: object) -> dict[str, float]:
+        for path in tmp_path.glob("best_*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        return {"top1": next(scores)}
+
+    scores = iter([0.7, 0.5])
+    monkeypatch.setattr("eval.held_out.headline", damage)
+    words = [f"ckpt={resnet}", *PLAIN, "held_out=0.25", "patience=5", "trainer.eval_every_epochs=1"]
+    with pytest.raises(ValueError, match=r"best_00000003\.safetensors, .* is missing or damaged: its SHA-256"):
+        tuned(tmp_path, *words, "trainer.checkpoint_every_steps=3")
+
+
 def test_the_test_split_is_read_once_and_after_training(vit: Path, tmp_path: Path, monkeypatch):
     read = []
     original = Embedded.read

@@ -344,6 +344,23 @@ def test_the_best_weights_that_a_checkpoint_knows_of_outlive_saves_that_fail(tmp
     ]
 
 
+def test_best_weights_stay_where_the_checkpoints_cannot_be_listed(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("no folder")
+    watch = HeldOut(Embedded("train", num_train=4), folder=tmp_path, patience=2)
+    watch.best_step = 6
+    for step in (3, 6):
+        (tmp_path / f"best_{step:08d}.safetensors").touch()
+    assert watch.state()["best_step"] == 6
+    assert len(list(tmp_path.glob("best_*"))) == 2
+    assert checkpoint.last_saved(tmp_path).startswith("not known")
+
+
+def test_the_last_checkpoint_is_named_or_said_to_be_none(tmp_path: Path):
+    assert checkpoint.last_saved(tmp_path) == "none"
+    assert checkpoint.last_saved(tmp_path) != checkpoint.last_saved(write(tmp_path, 3).parent.parent)
+    assert checkpoint.last_saved(tmp_path) == str(tmp_path / "checkpoints" / "step_00000003")
+
+
 class AtWarning(logging.Handler):
     """Calls a function at the n-th failed save of a run."""
 

@@ -119,6 +119,8 @@ def test_fine_tuning_with_early_stopping_keeps_the_same_best_weights(two_ranks: 
     watched = [
         json.loads((steps_saved(tmp_path / name)[-1][1] / "state.json").read_text())["evaluations"] for name in found
     ]
+    for each in watched:
+        del each["held_out"]["sha256"]  # of weights that are the same but for rounding
     assert watched[0] == watched[1]
     assert_same_files(tmp_path / "cut", tmp_path / "plain", tolerance=2e-4)
 
