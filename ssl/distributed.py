@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,8 @@ from ssl.ranks import adopt_slurm
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it fails: long enough for rank 0 to write a large checkpoint."""
 _timeout = TIMEOUT
+_began: float | None = None
+_seconds_in_exchanges = 0.0
 
 
 def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
@@ -28,7 +31,8 @@ def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
     `device` is `auto`, `cpu`, `cuda` or one GPU's name; of several processes each takes the GPU of its LOCAL_RANK.
     Raises ValueError where there is no such device, or where the launcher's variables are incomplete.
     """
-    global _timeout
+    global _timeout, _began
+    _began = time.monotonic()
     adopt_slurm()
     chosen = _choose_device(device)
     _timeout = timeout
@@ -78,6 +82,18 @@ def stop() -> None:
 def is_lost_contact(error: BaseException) -> bool:
     """Whether an error says that other ranks, or where they meet, are gone or silent: no mistake of this one's."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error says that this process's GPU failed, which another start may not meet again; one whose memory
+    does not suffice has not.
+    """
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def began() -> float:
+    """When this process last began to join the others, in seconds of time.monotonic(); now, where it has not."""
+    return time.monotonic() if _began is None else _began
 
 
 def rank() -> int:
@@ -150,6 +166,23 @@ def all_gather(x: Tensor) -> Tensor:
     return x if not dist.is_initialized() else _AllGather.apply(x)  # pyright: ignore[reportReturnType]
 
 
+def seconds_in_exchanges() -> float:
+    """How long this process was in `all_gather` and `sum_over_ranks` so far, which a forward pass may call: on the CPU
+    mostly to wait for the other ranks; on devices, which wait themselves, next to nothing.
+    """
+    return _seconds_in_exchanges
+
+
+def _timed(exchange: Callable[..., Any], *tensors: Tensor) -> None:
+    global _seconds_in_exchanges
+    if torch.compiler.is_compiling():  # a compiled graph has no clock
+        exchange(*tensors)
+        return
+    began = time.perf_counter()
+    exchange(*tensors)
+    _seconds_in_exchanges += time.perf_counter() - began
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """Join the rows of every rank's CPU tensor, (n_r, ...) on each, in rank order to (sum of n_r, ...) on all.
 
@@ -173,7 +206,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))  # (W*B, ...)
-        dist.all_gather_into_tensor(joined, x.contiguous())
+        _timed(dist.all_gather_into_tensor, joined, x.contiguous())
         return joined
 
     @staticmethod
@@ -192,7 +225,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's `x`, detached, the same on all ranks."""
     total = x.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(total)
+        _timed(dist.all_reduce, total)
     return total
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ssl.distributed as distributed
+from ssl.durations import seconds_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What asks for a stop: a person, a scheduler (Slurm warns by SIGUSR1 or SIGUSR2), a terminal that closes."""
@@ -44,6 +45,27 @@ class Stopped(Exception):
 
 def _name(code: int) -> str:
     return "its time limit, trainer.max_time," if code == TIME_IS_UP else signal.Signals(code).name
+
+
+_launched: float | None = None
+
+
+def count_time_from(began: float) -> None:
+    """Let `trainer.max_time` count from `began`, in seconds of time.monotonic(), whenever this process began: a run
+    that lost a process and was started again has no more time for that.
+    """
+    global _launched
+    _launched = began
+
+
+def deadline_of(max_time: str | None) -> float | None:
+    """When a run's `trainer.max_time` is over, in seconds of time.monotonic(); None where it has none. It counts from
+    the start of the launcher, or of this process's run where none started it.
+    """
+    if max_time is None:
+        return None
+    began = distributed.began() if _launched is None else _launched
+    return began + seconds_of(max_time, key="trainer.max_time")
 
 
 class StopRequests:

@@ -26,7 +26,6 @@ from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
-from ssl.durations import seconds_of
 from ssl.failed_step import FailedStep, write_failed_step
 from ssl.methods.base import Method
 from ssl.models.backbones import BackboneSpec, is_token_model
@@ -50,6 +49,7 @@ from ssl.saving import Saver
 from ssl.schedules import make_schedule
 from ssl.sharding import Gathering, Tensors, shard
 from ssl.slow_ranks import SlowRanks
+from ssl.stopping import deadline_of
 from ssl.tracking import Tracker
 from ssl.trainer import Trainer, dtype_name, to_device, total_steps
 from ssl.watchdog import Watchdog
@@ -94,8 +94,7 @@ def train(
     """
     settings = config.trainer
     source, mean, std = images.source, images.mean, images.std
-    limit = settings.max_time
-    deadline = None if limit is None else time.monotonic() + seconds_of(limit, key="trainer.max_time")
+    deadline = deadline_of(settings.max_time)
 
     # ---- the model on its device -----------------------------------------------------------------------------------
     channels_last = not is_token_model(method.backbone)
