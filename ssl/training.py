@@ -392,11 +392,12 @@ def _write_on_main(texts: Mapping[Path, str]) -> None:
     """Write small files on the first rank. Raises OSError on every rank where that is not possible."""
     problem = None
     if distributed.is_main():
+        path = None
         try:
             for path, text in texts.items():
                 path.write_text(text)
         except OSError as error:
-            problem = f"{error.filename} could not be written: {error.strerror}; make room, or give another out="
+            problem = f"{path} could not be written: {error.strerror}; make room, or give another out="
     problem = distributed.from_main(problem)
     if problem is not None:
         raise OSError(problem)
