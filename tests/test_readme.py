@@ -31,6 +31,7 @@ SMALL = {
     "eval.features": "device=cpu",
     "eval.export": "",
     "ssl.prepare": "",
+    "ssl.models": "",
 }
 
 
