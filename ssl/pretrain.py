@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import ssl.interrupted  # before what takes seconds  # noqa: F401
+import ssl.interrupted  # before what takes seconds
 import ssl.openmp  # before torch  # noqa: F401
 
 # isort: split

@@ -108,7 +108,9 @@ class StopRequests:
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._caught and distributed.is_main():
-            text = f"{signal.Signals(number).name}: saving the step under way, then leaving; a second Ctrl-C ends at once"
+            text = (
+                f"{signal.Signals(number).name}: saving the step under way, then leaving; a second Ctrl-C ends at once"
+            )
             os.write(2, f"\n{text}\n".encode())  # print may have been interrupted just here
         self._caught = self._caught or number  # launchers may send another on top
         if number == signal.SIGINT:
