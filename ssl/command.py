@@ -108,6 +108,8 @@ def _attempt(task: Callable[[DictConfig], Any], config: DictConfig, *, catch: tu
     except KeyboardInterrupt:
         return Ending(130, message="interrupted; what was saved stays, and the same command continues from it")
     except catch as error:
+        if distributed.is_device_fault(error):
+            return Ending(LOST_CONTACT, message=f"error: a device failed: {error}")
         if distributed.is_lost_contact(error):
             return Ending(LOST_CONTACT, message=f"error: the other ranks are lost: {error}")
         mistake = isinstance(error, ValueError | OSError)

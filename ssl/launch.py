@@ -55,7 +55,14 @@ def launch(config: DictConfig, *, run: Callable[[], Any], command: str, out: Pat
         return run()
     folder = Path(tempfile.mkdtemp(prefix="ssl_launch_"))
     try:
-        task = Task(command, str(out), config.launch.shutdown_seconds, logging.getLogger().level)
+        task = Task(
+            command,
+            str(out),
+            config.launch.shutdown_seconds,
+            logging.getLogger().level,
+            launcher=os.getpid(),
+            began=time.monotonic(),
+        )
         write_task(folder, task, OmegaConf.to_yaml(config, resolve=True))
         return _run_and_restart(machines, folder, config.launch, out=out)
     finally:
@@ -254,6 +261,9 @@ class Ending:
             if code < 0 and -code != signal.SIGTERM:  # which elastic sends to the others
                 memory = ", as the system does where memory is short" if -code == signal.SIGKILL else ""
                 return f"rank {rank} on {here} was killed by {signal.Signals(-code).name}{memory}, {ago}"
+        for rank, report in sorted(self.reports.items()):
+            if report.is_fault:
+                return f"rank {rank} on {report.host} ended by a fault of its device, {ago} ({report.message})"
         for rank in silent:
             return f"rank {rank} on {here} gave up, {ago}"
         for rank, report in sorted(self.reports.items()):

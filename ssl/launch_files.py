@@ -30,6 +30,10 @@ class Task:
     out: str
     shutdown_seconds: float
     log_level: int
+    launcher: int
+    """The process that the others end with."""
+    began: float
+    """When the command began, in seconds of time.monotonic(), which all processes of a machine read alike."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Report:
     """Whether the message says all, as a mistake of the user's does; else its traceback was printed."""
     step: int | None = None
     """The step that was saved when it was asked to stop."""
+    is_fault: bool = False
+    """Whether it was lost by a fault of its own device, where the others only missed it."""
     result: Any = None
 
 

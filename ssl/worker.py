@@ -6,6 +6,7 @@ how else it ended. It prints no mistake: the parent does that, once for all rank
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -32,13 +33,12 @@ def main() -> None:
     _heed_signals()
     write_whole(place / f"rank_{os.environ['RANK']}.pid", str(os.getpid()))
     task, config = read_task(place.parent)
-    _end_with_parent(task.shutdown_seconds)
-    parent = os.getppid()
     try:
+        _end_with(task.launcher, task.shutdown_seconds)
         code = _attempt(place, task, config)
     except SystemExit as end:
         code = _report_signal(place, end)
-    if os.getppid() != parent:
+    if os.getppid() != task.launcher:
         shutil.rmtree(place.parent, ignore_errors=True)  # nobody is there to read it
     sys.stdout.flush()
     sys.stderr.flush()
@@ -61,41 +61,41 @@ def _leave(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _end_with_parent(seconds: float) -> None:
-    """Once the parent is gone, killed perhaps: ask this process to save and stop, and end it where it does not."""
-    parent = os.getppid()
+def _end_with(launcher: int, seconds: float) -> None:
+    """Once the launcher is gone, killed perhaps: ask this process to save and stop, and end it where it does not."""
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:  # not of who is the parent by now: it may have died before this process began
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, name="parent", daemon=True).start()
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _attempt(place: Path, task: Task, config: Path) -> int:
     """Do the task; returns the exit code that elastic is told: 0 for every end that all ranks come to together."""
     # After the first word, because torch takes seconds to load.
     import ssl.distributed as distributed
-    from ssl.stopping import LOST_CONTACT, Stopped
+    from ssl.stopping import LOST_CONTACT, Stopped, count_time_from
 
+    count_time_from(task.began)
     try:
         result = _run(task, config)
-        distributed.stop()
+        write_report(place, code=0, result=result)
     except Stopped as stopped:
-        distributed.stop()
         write_report(place, code=stopped.exit_code, message=str(stopped), step=stopped.step)
-        return 0  # else elastic would end the others, who may still be writing
     except Exception as error:
-        if distributed.is_lost_contact(error):
-            write_report(place, code=LOST_CONTACT, message=shorten(str(error), 160))
+        fault = distributed.is_device_fault(error)
+        if fault or distributed.is_lost_contact(error):
+            write_report(place, code=LOST_CONTACT, message=shorten(str(error), 160), is_fault=fault)
             return LOST_CONTACT
         write_report(place, code=1, **_said(error))
         return 1
-    write_report(place, code=0, result=result)
-    return 0
+    with contextlib.suppress(RuntimeError):  # what this process did is done, whatever has become of the others
+        distributed.stop()
+    return 0  # after a stop too: else elastic would end the others, who may still be writing
 
 
 def _report_signal(place: Path, end: SystemExit) -> int:

@@ -19,9 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+import ssl.distributed as distributed
 import ssl.launch as launch
+import ssl.stopping
+import ssl.worker
 from ssl.checkpoint import steps_saved
 from ssl.config import PretrainConfig, plain
 from ssl.elastic import Machines
@@ -371,6 +375,11 @@ def test_a_process_that_ends_without_a_word_is_no_result():
         ({0: -signal.SIGBUS, 1: 75}, reports(report(1, 75, "Read error")), "rank 0 on HOST was killed by SIGBUS"),
         ({1: 75}, reports(), "rank 1 on HOST gave up"),
         ({1: -9}, reports(report(0, 143, "stopped")), "rank 1 on HOST was killed by SIGKILL"),
+        (
+            {0: 75, 1: 75, 2: -signal.SIGTERM},
+            reports(report(0, 75, "Read error"), report(1, 75, "ECC error", is_fault=True)),
+            r"rank 1 on node7 ended by a fault of its device, .*\(ECC error\)",
+        ),
         ({0: 75}, reports(report(0, 75, "Read error")), r"rank 0 on node7 lost the others, .*\(Read error\)"),
     ],
 )
@@ -397,7 +406,7 @@ def test_nothing_is_started_again_once_it_was_asked_to_stop(capsys: pytest.Captu
 
 
 def test_a_task_and_a_report_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    task = Task("ssl.pretrain", "runs/a $b", 3.5, 20)
+    task = Task("ssl.pretrain", "runs/a $b", 3.5, 20, launcher=7, began=0.1)
     config = composed(*SMALL, "optim.base_lr=1.0000000000000002e-5")
     write_task(tmp_path, task, OmegaConf.to_yaml(config, resolve=True))
     found, path = read_task(tmp_path)
@@ -413,14 +422,28 @@ def test_a_task_and_a_report_come_back_as_they_were(tmp_path: Path, monkeypatch:
 
 
 def test_only_commands_of_the_table_are_run(tmp_path: Path):
-    write_task(tmp_path, Task("os.system", "x", 1.0, 20), "{}")
-    place = tmp_path / "0"
-    place.mkdir()
-    words = [sys.executable, "-m", "ssl.worker", str(place)]
-    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(forks.ROOT)}
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    place = tmp_path / "launch" / "0"
+    ended = worker(place, Task("os.system", "x", 1.0, 20, launcher=os.getpid(), began=time.monotonic()))
     assert ended.returncode == 1
     assert Workers(place).reports()[0].message == "KeyError: 'os.system'"
+
+
+def test_a_process_whose_launcher_died_before_it_began_does_nothing_and_leaves_nothing(tmp_path: Path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    place = tmp_path / "launch" / "0"
+    ended = worker(place, Task("os.system", "x", 60.0, 20, launcher=gone.pid, began=time.monotonic()))
+    assert "os.system" not in ended.stderr
+    assert not place.parent.exists()
+
+
+def worker(place: Path, task: Task) -> subprocess.CompletedProcess[str]:
+    """A process of a launcher's that has left it a task, once it has ended."""
+    place.mkdir(parents=True)
+    write_task(place.parent, task, "{}")
+    words = [sys.executable, "-m", "ssl.worker", str(place)]
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(forks.ROOT)}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 # ---- between two starts ----------------------------------------------------------------------------------------------
@@ -483,3 +506,40 @@ def test_a_start_goes_on_from_the_newest_whole_checkpoint_although_a_damaged_one
 def test_a_folder_that_cannot_be_listed_for_a_moment_counts_as_it_was(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("no folder")
     assert launch._last_whole_step(tmp_path, unless=5) == 5
+
+
+# ---- one process of a launcher's, in this one ------------------------------------------------------------------------
+
+
+def one_attempt(place: Path, end: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[int, Report]:
+    """The exit code of a process whose run is `end`, and what it reports."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ssl.worker, "_run", lambda task, config: end())
+    monkeypatch.setattr(ssl.stopping, "_launched", None)
+    task = Task("ssl.pretrain", "x", 1.0, 20, launcher=os.getpid(), began=time.monotonic())
+    return ssl.worker._attempt(place, task, place), Workers(place).reports()[0]
+
+
+def raises(error: Exception) -> Callable[[], Any]:
+    def end() -> Any:
+        raise error
+
+    return end
+
+
+def test_a_fault_of_a_device_is_a_loss_and_memory_that_does_not_suffice_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code, said = one_attempt(tmp_path, raises(torch.AcceleratorError("uncorrectable ECC error")), monkeypatch)
+    assert (code, said.code, said.is_fault) == (75, 75, True)
+    code, said = one_attempt(tmp_path, raises(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch)
+    assert (code, said.code, said.is_fault) == (1, 1, False)
+
+
+@pytest.mark.parametrize(("end", "code"), [(lambda: 0.5, 0), (raises(Stopped(7, signal.SIGTERM)), 143)])
+def test_a_process_tells_how_it_ended_although_it_cannot_leave_the_group(
+    end: Callable[[], Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distributed, "stop", raises(RuntimeError("Connection closed by peer")))
+    assert one_attempt(tmp_path, end, monkeypatch)[0] == 0
+    assert Workers(tmp_path).reports()[0].code == code

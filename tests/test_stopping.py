@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import ssl.distributed as distributed
+import ssl.stopping as stopping
 from ssl.checkpoint import steps_saved
 from ssl.pretrain import run
 from ssl.stopping import SIGNALS, TIME_IS_UP, Agreement, Stopped, StopRequests
@@ -104,3 +106,25 @@ def test_a_run_at_its_time_limit_saves_and_goes_on(tmp_path: Path):
     assert steps_saved(tmp_path / "cut")[-1][0] == stopped.value.step == 1
     run(composed(*words, "trainer.max_time=1h"), out=tmp_path / "cut")
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_time_limit_counts_from_the_launcher_however_often_processes_are_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(stopping, "_launched", None)
+    stopping.count_time_from(100.0)
+    for _ in range(2):
+        distributed.start("cpu")
+        assert stopping.deadline_of("90s") == 190.0
+    assert stopping.deadline_of(None) is None
+
+
+def test_the_time_limit_of_a_lone_run_counts_from_where_it_begins(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stopping, "_launched", None)
+    before = time.monotonic()
+    distributed.start("cpu")
+    after = time.monotonic()
+    first = stopping.deadline_of("60s")
+    assert first is not None
+    assert before + 60 <= first <= after + 60
+    assert stopping.deadline_of("60s") == first
