@@ -1,4 +1,10 @@
-"""Names the ranks that keep the others waiting, without a hang: a slow disk, a hot or shared device."""
+"""Names the ranks that keep the others waiting, without a hang: a slow disk, a busy or throttled host.
+
+What is compared is what a rank does alone: it waits for data, copies, augments, and on the CPU runs the forward pass,
+less the time of its exchanges with other ranks, as those of synchronised BatchNorm and of contrastive losses. A slow
+device is not seen: its host only starts the work, and then waits as all others do. Nor are backward passes, where ranks
+wait for each other's gradients, nor forward passes with trainer.shard=full or trainer.compile=true.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,10 @@ class Trainer:
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
         self._statistics = _RunningStatistics(self.method)
         self._num_told = 0
-        self._own_seconds = 0.0  # of forward passes since the last logged step, where a rank mostly waits for nobody
+        self._own_seconds = 0.0  # since the last logged step, in which this rank worked and waited for no other
+        # The hosts of devices only start a forward pass, a cut one waits for the weights of the others, and a compiled
+        # one does not tell how long it waits.
+        self._forward_is_own = self.device.type == "cpu" and not is_sharded(self.method) and not self.compile
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.compile:
             self.method.compile()
@@ -175,6 +178,15 @@ class Trainer:
 
     def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """A forward pass, whose time is this rank's own but for what it waits for others in it."""
+        began, waited = time.perf_counter(), distributed.seconds_in_exchanges()
+        with self._part("forward"):
+            yield
+        if self._forward_is_own:
+            self._own_seconds += time.perf_counter() - began - (distributed.seconds_in_exchanges() - waited)
 
     def _beat(self, step: int, phase: str) -> None:
         if self.watchdog is not None:
@@ -283,10 +295,8 @@ class Trainer:
             views = self.prepare(part)
             with self._no_sync(unless=number == len(parts) - 1):
                 self.seed_part(step, number)
-                began = time.perf_counter()
-                with self._part("forward"), self.autocast():
+                with self._forward(), self.autocast():
                     outputs = self.parallel(views)
-                self._own_seconds += time.perf_counter() - began
                 with self._part("backward"):
                     self.scaler.scale(outputs["loss"] / len(parts)).backward()
             for name, value in outputs.items():
@@ -305,10 +315,10 @@ class Trainer:
             for number, part in enumerate(parts):
                 self.seed_part(step, number)
                 views = self.prepare(part)
-                with self._part("forward"), self.autocast():
+                with self._forward(), self.autocast():
                     embeddings.append(self.method(views, embed_only=True))
         joined = torch.cat(embeddings).detach().requires_grad_()  # (B, V, Z)
-        with self._part("forward"), self.autocast():
+        with self._forward(), self.autocast():
             outputs = self.method.contrast(joined)  # pyright: ignore[reportCallIssue]
         with self._part("backward"):
             (gradient,) = torch.autograd.grad(self.scaler.scale(outputs["loss"]), joined)
@@ -317,7 +327,7 @@ class Trainer:
             with self._no_sync(unless=number == len(parts) - 1):
                 self.seed_part(step, number)
                 views = self.prepare(part)
-                with self._part("forward"), self.autocast():
+                with self._forward(), self.autocast():
                     again = self.parallel(views, embed_only=True)
                 with self._part("backward"):
                     again.backward(gradient[start : start + len(again)].to(again.dtype))
@@ -326,12 +336,14 @@ class Trainer:
 
     def prepare(self, part: Batch) -> Batch:
         """A part on the device, with its views."""
+        began = time.perf_counter()
         with self._part("copy to device"):
             moved = to_device(part, self.device)
         with self._part("augment"), torch.no_grad():
             views = self.augment(moved)
             if self.channels_last:
                 views["views"] = [view.contiguous(memory_format=torch.channels_last) for view in views["views"]]
+        self._own_seconds += time.perf_counter() - began
         return views
 
     def seed_part(self, step: int, part: int) -> None:
