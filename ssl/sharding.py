@@ -98,12 +98,7 @@ def shard(method: nn.Module, device: torch.device) -> None:
     if distributed.world_size() == 1:
         log.warning("trainer.shard=full has no effect with one process, which has nobody to share with")
         return
-    single = [name for name, parameter in method.named_parameters() if parameter.ndim == 0]
-    if single:
-        raise ValueError(
-            f"trainer.shard=full cannot cut parameters of one number, as {single[0]} is; "
-            "take another model=, or set trainer.shard=none"
-        )
+    check_divisible(method)
     for parameter in method.parameters():
         parameter.data = parameter.data.contiguous()  # torch cuts no others, so channels_last weights are changed back
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
@@ -111,6 +106,16 @@ def shard(method: nn.Module, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # torch takes what runs first for the root, and an evaluation may run a block before the method ever ran.
     fully_shard(method, mesh=mesh)._get_fsdp_state()._lazy_init()
+
+
+def check_divisible(method: nn.Module) -> None:
+    """Raise ValueError for a method with parameters that cannot be cut."""
+    single = [name for name, parameter in method.named_parameters() if parameter.ndim == 0]
+    if single:
+        raise ValueError(
+            f"trainer.shard=full cannot cut parameters of one number, as {single[0]} is; "
+            "take another model=, or set trainer.shard=none"
+        )
 
 
 def is_sharded(module: nn.Module) -> bool:
