@@ -107,12 +107,16 @@ def memory_gib(name: str) -> float | None:
 def chip_named(name: str) -> str:
     """`name`, where it is that of a GPU whose peak is known. Raises ValueError that lists those."""
     if not any(re.fullmatch(pattern, bare_name(name)) for pattern in PEAKS):
-        known = ", ".join(pattern.split("(")[0].strip().rstrip("-") for pattern in PEAKS)
         raise ValueError(
-            f"trainer.plan_chip={name} is not a GPU that is known here; these are: {known} (an A100 or V100 with its "
-            "form and memory, such as A100-SXM4-80GB)"
+            f"trainer.plan_chip={name} is not a GPU that is known here; these are: {', '.join(known_names())}"
         )
     return name
+
+
+def known_names() -> list[str]:
+    """A name for each of the GPUs of PEAKS, without what a pattern leaves open and with the first of what it offers."""
+    names = (re.sub(r"\([^)]*\)\?", "", pattern).replace(".*", " ") for pattern in PEAKS)
+    return [" ".join(re.sub(r"\(([^|)]*)[^)]*\)", r"\1", name).split()) for name in names]
 
 
 def bare_name(name: str) -> str:
