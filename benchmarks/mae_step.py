@@ -23,7 +23,6 @@ from benchmarks.step import (
     LR,
     Step,
     add_options,
-    attend_by_matmul,
     made_batch,
     our_step,
     peers_step,
@@ -31,6 +30,7 @@ from benchmarks.step import (
 )
 from ssl.methods.base import Batch, Method
 from ssl.methods.mae import MAE, num_visible, patchify
+from ssl.models.attention import attend_by_matmul
 from ssl.models.backbones import build_backbone
 from ssl.models.tokens import encode
 

@@ -64,14 +64,6 @@ def our_step(method: Method, *, optimizer: str, options: dict[str, Any], device:
     return lambda batch: trainer.step(batch, 0)["loss"]
 
 
-def attend_by_matmul(method: Method) -> Method:
-    """Plain matrix products instead of the fused attention kernel, as training chooses in bf16 on a CPU."""
-    for module in method.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # pyright: ignore
-    return method
-
-
 def made_batch(num_images: int, size: tuple[int, int], *, views: int, num_noise: int, device: str) -> Batch:
     """Views of noise that lie on the device."""
     generator = torch.Generator().manual_seed(0)

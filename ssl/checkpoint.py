@@ -73,7 +73,7 @@ def save(
     """
     final = run_dir / "checkpoints" / folder_name(step)
     partial = final.with_name(f".partial_{final.name}")
-    backbone, rest = _split_backbone(method.state_dict() if isinstance(method, nn.Module) else method)
+    backbone, rest = split_backbone(method.state_dict() if isinstance(method, nn.Module) else method)
     needed = bytes_on_disk(backbone, rest, optimizer_tensors, ema or {})
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -356,7 +356,7 @@ def _load_checkpoint(folder: Path) -> LoadedBackbone:
     verify(folder, state)
     weights = "ema" if "ema.safetensors" in state["sha256"] else "model"
     if weights == "ema":
-        tensors, _ = _split_backbone(load_tensors(folder / "ema.safetensors"))
+        tensors, _ = split_backbone(load_tensors(folder / "ema.safetensors"))
     else:
         tensors = load_tensors(folder / "model.safetensors")
     spec = BackboneSpec.from_dict(state["backbone"])
@@ -422,7 +422,7 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or error}{advice.get(error.errno or 0, '')}"
 
 
-def _split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method's tensors as (the backbone's under timm's keys, all others)."""
     prefix = "backbone."
     backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -164,12 +164,18 @@ def make_optimizer(groups: Iterable[ParameterGroup], *, name: str, lr: float, **
     own = [{**group, "always_adapt": group["adapt"]} for group in own]
     if name == "lamb":
         if cut:
-            raise ValueError(
-                "optim.name=lamb needs the norms of whole tensors, and trainer.shard=full cuts them; set "
-                "trainer.shard=none, or optim=lars, which gathers them"
-            )
+            check_cut(name)
         return Lamb(own, lr=lr, max_grad_norm=None, **options)
     return (ShardedLars if cut else Lars)(own, lr=lr, **options)
+
+
+def check_cut(name: str) -> None:
+    """Raise ValueError for an optimizer that cannot train parameters that are cut over ranks."""
+    if name == "lamb":
+        raise ValueError(
+            "optim.name=lamb needs the norms of whole tensors, and trainer.shard=full cuts them; set "
+            "trainer.shard=none, or optim=lars, which gathers them"
+        )
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:

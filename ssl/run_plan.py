@@ -19,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ssl.activation_checkpointing import checkpoint_activations
+from ssl.checkpoint import split_backbone
 from ssl.chips import bare_name, chip_named, device_peak, memory_gib, peak_tflops
 from ssl.config import build, check_trainer, plain, wrong_types
 from ssl.data.image_size import DEFAULT, as_size, choose_image_size
+from ssl.data.loader import whole_batches
 from ssl.data.subset import limit
 from ssl.data.views import make_views
 from ssl.memory_plan import (
@@ -35,10 +37,12 @@ from ssl.memory_plan import (
     planned_flops,
 )
 from ssl.methods.base import Batch, Method
+from ssl.models.attention import attend_by_matmul
 from ssl.models.backbones import BackboneSpec, is_token_model
-from ssl.optim import make_optimizer, parameter_groups
+from ssl.optim import check_cut, make_optimizer, parameter_groups
 from ssl.plan import count_parameters
 from ssl.recipe import BatchArithmetic, batch_arithmetic
+from ssl.sharding import check_divisible
 from ssl.tracking import duration
 from ssl.trainer import choose_dtype, dtype_name, total_steps
 
@@ -196,10 +200,13 @@ def plan_run(config: DictConfig, *, out: Path, make_method: MakeMethod) -> RunPl
         with torch.device(device), torch.random.fork_rng(devices=[]):
             method = make_method(config, image_size)[0].to(device)
         if target.kind == "cpu" and target.dtype == torch.bfloat16:
-            _attend_by_matmul(method)
+            attend_by_matmul(method)
         return method
 
     method = make("meta")
+    if settings.shard.name == "full" and target.world_size > 1:
+        check_divisible(method)
+        check_cut(config.optim.name)
     shown = {"num_views": num_views, "channels": data.channels}
     flops = planned_flops(method, **shown, device=target.kind)
     kept = kept_for_backward(method, **shown, device=target.kind, dtype=target.dtype)
@@ -217,7 +224,7 @@ def plan_run(config: DictConfig, *, out: Path, make_method: MakeMethod) -> RunPl
     batch = batch_arithmetic(
         settings.global_batch_size, world_size=target.world_size, device_batch_size=settings.device_batch_size
     )
-    steps_per_epoch = _steps_per_epoch(num_images, settings.global_batch_size)
+    steps_per_epoch = whole_batches(num_images, settings.global_batch_size, where=data.name)
     _, stop_step = total_steps(epochs=settings.epochs, steps=settings.steps, steps_per_epoch=steps_per_epoch)
     memory = device_memory(
         method,
@@ -274,6 +281,11 @@ def find_target(config: DictConfig) -> Target:
         here = has_gpu and bare_name(torch.cuda.get_device_name()) == bare_name(name)
         memory = None if size is None else size * 2**30
         return Target("cuda", name, here, launch.nodes, devices or 1, dtype, memory, peak)
+    if settings.device.name == "cuda" and not has_gpu:
+        raise ValueError(
+            "trainer.device=cuda asks for a GPU and torch sees none; give trainer.plan_chip=H100, for example, to plan "
+            "for one that is not here, or trainer.device=cpu"
+        )
     if has_gpu:
         device = torch.device("cuda", 0)
         dtype = choose_dtype(precision, device)
@@ -319,23 +331,12 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number:,}"
 
 
-def _steps_per_epoch(num_images: int, global_batch_size: int) -> int:
-    if not 1 <= global_batch_size <= num_images:
-        raise ValueError(
-            f"trainer.global_batch_size={global_batch_size} needs that many images, there are {num_images}; set it "
-            f"between 1 and {num_images}"
-        )
-    return num_images // global_batch_size
-
-
 def _checkpoint_files(
     config: DictConfig, method: Method, state: Mapping[str, Tensor], *, averaged: bool
 ) -> dict[str, int]:
     """The size of each file of a checkpoint."""
     tensors = method.state_dict()
-    prefix = "backbone."
-    backbone = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    backbone, rest = split_backbone(tensors)
     return {
         "model": file_bytes(backbone),
         "method": file_bytes(rest),
@@ -405,10 +406,3 @@ def _step_seconds(method: Method, optimizer: torch.optim.Optimizer, batch: Batch
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         yield time.perf_counter() - began
-
-
-def _attend_by_matmul(method: Method) -> None:
-    """As ssl.training does for bf16 on a CPU."""
-    for module in method.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = False  # pyright: ignore

@@ -28,6 +28,7 @@ from ssl.data.sources import Source, checksum
 from ssl.data.views import make_views
 from ssl.failed_step import FailedStep, write_failed_step
 from ssl.methods.base import Method
+from ssl.models.attention import attend_by_matmul
 from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.online import Evaluation, OnlineSubject, evaluate_all, show_start
 from ssl.optim import make_optimizer, parameter_groups, scaled_lr, set_lr, state_to_tensors
@@ -104,7 +105,7 @@ def train(
     if settings.sync_batchnorm:
         distributed.sync_batchnorm(method)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        _attend_by_matmul(method)
+        attend_by_matmul(method)
     if settings.activation_checkpointing:
         checkpoint_activations(method)
     if settings.shard.name == "full":
@@ -415,13 +416,6 @@ def _keep_failed(folder: Path, failed: FailedStep, loader: Loader, global_batch_
     except OSError as error:
         return str(error)
     return None
-
-
-def _attend_by_matmul(method: Method) -> None:
-    """On the CPU timm's plain matrix products beat the fused attention kernel in bf16."""
-    for module in method.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = False  # pyright: ignore
 
 
 def _ignored_note(source: Source) -> str:

@@ -21,6 +21,7 @@ from ssl.chips import MEMORY, PEAKS, memory_gib
 from ssl.config import CONF, check_trainer, plain
 from ssl.data.views import make_views
 from ssl.methods.base import Batch, Method
+from ssl.models.attention import attend_by_matmul
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors
 from ssl.plan import flops_per_image
 from ssl.pretrain import main, make_method, run
@@ -108,9 +109,7 @@ def test_activations_are_the_bytes_that_autograd_holds_in_a_real_step(name, prec
     plan = plan_of(*words)
     method = real_method(composed(*words))
     if precision == "bf16":
-        for part in method.modules():  # as a run on a CPU does
-            if hasattr(part, "fused_attn"):
-                part.fused_attn = False  # pyright: ignore
+        attend_by_matmul(method)  # as a run on a CPU does
     if recomputed:
         checkpoint_activations(method)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -258,6 +257,20 @@ def test_a_chip_that_is_not_known_is_refused_with_those_that_are():
         plan_of(*VIT_B, "trainer.plan_chip=H10")
     with pytest.raises(ValueError, match=r"plan_chip=H100 has no effect with trainer.device=cpu"):
         plan_of(*VIT_B, "trainer.plan_chip=H100", "trainer.device=cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_not_here_is_not_taken_for_the_cpu():
+    with pytest.raises(ValueError, match=r"trainer.device=cuda asks for a GPU .* trainer.plan_chip=H100"):
+        plan_of(*small("mae", "trainer.device=cuda"))
+
+
+def test_what_a_cut_run_refuses_its_plan_refuses():
+    words = ["optim=lamb", "trainer.shard=full", "trainer.device=cuda", "trainer.plan_chip=A100-SXM4-80GB"]
+    words += ["trainer.global_batch_size=24"]
+    assert plan_of(*small("mae", *words)).batch.device_batch_size == 24  # one process cuts nothing
+    with pytest.raises(ValueError, match=r"optim.name=lamb needs the norms of whole tensors"):
+        plan_of(*small("mae", *words, "trainer.devices=2"))
 
 
 def test_every_gpu_whose_peak_is_known_has_its_memory():

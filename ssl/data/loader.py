@@ -133,12 +133,7 @@ class Loader:
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
         """Whole batches in an epoch; what is left over differs by epoch. Raises ValueError if there is none."""
-        if not 1 <= global_batch_size <= len(self):
-            raise ValueError(
-                f"trainer.global_batch_size={global_batch_size} needs that many images, {self.source.name} "
-                f"has {len(self)}; set trainer.global_batch_size between 1 and {len(self)}"
-            )
-        return len(self) // global_batch_size
+        return whole_batches(len(self), global_batch_size, where=self.source.name)
 
     def batches(
         self, *, start_step: int, stop_step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
@@ -248,6 +243,16 @@ class Loader:
             return None
         size = common_size(self.source)
         return None if size is None else (self.channels, *size)
+
+
+def whole_batches(num_images: int, global_batch_size: int, *, where: str) -> int:
+    """How many whole batches an epoch of the images of `where` has. Raises ValueError if there is none."""
+    if not 1 <= global_batch_size <= num_images:
+        raise ValueError(
+            f"trainer.global_batch_size={global_batch_size} needs that many images, {where} has {num_images}; set "
+            f"trainer.global_batch_size between 1 and {num_images}"
+        )
+    return num_images // global_batch_size
 
 
 class _BatchJob:
