@@ -21,12 +21,12 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.config import register
 from eval.finetune import FinetuneConfig
-from ssl.config import CONF, PretrainConfig, check, plain, register_schemas
+from ssl.config import CONF, PretrainConfig, check, missing_values, plain, register_schemas
 from ssl.durations import seconds_of
 
 API = "trainer.kubeflow.org/v1alpha1"
@@ -104,8 +104,19 @@ def composed(module: str, words: Sequence[str]) -> DictConfig:
     if chosen != "kubernetes":
         raise ValueError(f"launch={chosen} says nothing of pods; give launch=kubernetes and what it needs")
     del config.hydra
+    check_given(config)
     check(config, schema)
     return config
+
+
+def check_given(config: DictConfig) -> None:
+    """Raise ValueError that names all at once that must be given and is not."""
+    missing = {f"{name}=..." for name in missing_values(OmegaConf.to_container(config))}
+    missing |= set() if config.launch.container else {"launch.container=IMAGE"}
+    missing |= set() if config.out else {"out=/runs/<name>"}
+    if missing:
+        named = {"launch.options.volumes.runs=...": "launch.options.volumes.runs=CLAIM"}
+        raise ValueError(f"this must be given: {', '.join(sorted(named.get(word, word) for word in missing))}")
 
 
 def check_run(config: DictConfig, launch: Mapping[str, Any]) -> None:

@@ -321,7 +321,7 @@ def unknown_keys(config: DictConfig, schema: type) -> Iterator[str]:
 
 def check(config: DictConfig, schema: type) -> None:
     """Raise ValueError on values that are required and missing, and on keys that nothing reads."""
-    missing = sorted(_missing(OmegaConf.to_container(config)))
+    missing = sorted(missing_values(OmegaConf.to_container(config)))
     if missing:
         raise ValueError("this must be given: " + ", ".join(f"{name}=..." for name in missing))
     extra = sorted(unknown_keys(config, schema))
@@ -335,13 +335,13 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node
 
 
-def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+def missing_values(node: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of what is `???`. OmegaConf.missing_keys stops at an interpolation of a missing value instead."""
     if node == MISSING:
         yield prefix
     elif isinstance(node, Mapping):
         for key, child in node.items():
-            yield from _missing(child, f"{prefix}.{key}" if prefix else str(key))
+            yield from missing_values(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def check_trainer(trainer: TrainerConfig | DictConfig) -> None:

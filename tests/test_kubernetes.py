@@ -194,7 +194,7 @@ def test_a_time_limit_is_that_of_one_job_and_the_next_goes_on():
         (["+launch.options.pods=3"], "launch.options.pods has no effect"),
         (["+launch.options.env.KEY={secrt:a,key:b}"], "secret: NAME"),
         (["trainer.epoch=3"], "epoch"),
-        (["launch.options.volumes.runs=???"], r"launch.options.volumes.runs=\.\.\."),
+        (["launch.options.volumes.runs=???"], r"must be given: launch.options.volumes.runs=CLAIM$"),
         (["eval.knn", "ckpt=runs/a"], "eval.knn is not a command for a cluster"),
     ],
 )
@@ -203,6 +203,13 @@ def test_what_would_be_lost_or_has_no_effect_is_refused(words, message):
     typed = [*words, *WORDS] if "=" not in words[0] else [*WORDS, *words]
     with pytest.raises(ValueError, match=message):
         text(manifest(typed))
+
+
+def test_all_that_is_missing_is_named_at_once():
+    GlobalHydra.instance().clear()
+    needed = "data.root=..., launch.container=IMAGE, launch.options.volumes.runs=CLAIM, out=/runs/<name>"
+    with pytest.raises(ValueError, match=f"^this must be given: {re.escape(needed)}$"):
+        manifest(["launch=kubernetes", "data=folder"])
 
 
 def test_another_launch_group_says_nothing_of_pods():
