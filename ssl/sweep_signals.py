@@ -47,10 +47,9 @@ class SignalWatch:
         self.sweep.end(128 + number)
         if not beside:
             raise SystemExit(128 + number)
-        if not from_terminal(number):
-            for pid in beside:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        for pid in beside:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         threading.Thread(target=self._end_after_them, args=(number,), daemon=True).start()
 
     def _end_after_them(self, number: int) -> None:
@@ -61,15 +60,14 @@ class SignalWatch:
                 os.kill(os.getpid(), number)
 
 
-def from_terminal(number: int) -> bool:
-    """Whether the signal may be a Ctrl-C, which the terminal itself sends to every process in its foreground."""
-    if number != signal.SIGINT:
-        return False
-    try:
-        with open("/dev/tty") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return False
+def in_session_of_its_own() -> None:
+    """Take this process, a worker of the one that started a sweep, out of that one's process group and terminal.
+
+    A Ctrl-C, and whatever else is sent to the group, then comes to the first process alone, which hands it on once.
+    """
+    if os.getsid(0) != os.getpid():
+        with contextlib.suppress(PermissionError):  # it leads a group already, which nobody else sends signals to
+            os.setsid()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl.objective import check_direction
 from ssl.slurm_settings import check_launcher
 from ssl.sweep import OUTCOME, RUNNING, Job, Sweep
-from ssl.sweep_signals import SignalWatch
+from ssl.sweep_signals import SignalWatch, in_session_of_its_own
 from ssl.sweep_table import report
 
 
@@ -52,6 +52,8 @@ class SweepCallback(Callback):
         """Tell this process, whichever it is, of the sweep."""
         global _sweep
         _sweep = self.sweep
+        if _sweep is not None and _sweep.is_above:
+            in_session_of_its_own()
 
 
 def current() -> Sweep | None:
