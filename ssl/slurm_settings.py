@@ -20,6 +20,8 @@ from omegaconf.errors import InterpolationResolutionError
 from ssl.durations import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_JOBS = ("auto", "none", "kubernetes")
+"""Options of the group `launch` that describe no Slurm job."""
 
 
 def register_resolvers() -> None:
@@ -50,6 +52,12 @@ def check_launcher(config: DictConfig) -> None:
         raise ValueError(
             "hydra/launcher=slurm reads the settings of a job from `launch`, which this command does not have; "
             "ssl.pretrain, eval.finetune and eval.linear_probe do"
+        )
+    chosen = config.hydra.runtime.choices.get("launch")
+    if chosen in NO_JOBS:
+        raise ValueError(
+            f"hydra/launcher=slurm submits Slurm jobs, of which launch={chosen} says nothing: add launch=slurm, and what "
+            "the job needs, such as launch.time=12h launch.devices=8 launch.partition=<name>"
         )
     try:
         OmegaConf.to_container(config.hydra.launcher, resolve=True)

@@ -16,6 +16,8 @@ RESULTS = "results.csv"
 HEADLINES = ("top1", "map", "knn_top1", "rankme", "loss")
 """Metrics that the printed table shows, where they are; the CSV has all."""
 MESSAGE_WIDTH = 80
+OBJECTIVE = "objective_value"
+"""What a run was judged at; `objective` may be one of the settings."""
 
 
 def report(sweep: Sweep) -> int:
@@ -36,7 +38,9 @@ def report(sweep: Sweep) -> int:
     if failed:
         lines = "\n  ".join(f"run {each['run']}, {shlex.join(_swept(each, sweep.swept))}" for each in failed)
         print(f"{len(failed)} of the sweep's runs failed:\n  {lines}", file=sys.stderr, flush=True)
-    if code and sweep.on_cluster:
+        for message in _long_messages(failed):
+            print(message, file=sys.stderr, flush=True)
+    if code > 128 and sweep.on_cluster:
         jobs = sorted({each["job"].partition("_")[0] for each in outcomes if each["state"] == RUNNING})
         how = f"scancel {' '.join(jobs)}" if jobs else "squeue --me shows them, scancel"
         print(f"the sweep's jobs go on in the queue; {how} ends them", file=sys.stderr, flush=True)
@@ -48,7 +52,7 @@ def full_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     words = [_by_key(each["overrides"]) for each in outcomes]
     keys = list(dict.fromkeys(key for each in words for key in each))
     metrics = metric_columns(each["metrics"] for each in outcomes)
-    columns = ["run", *keys, "objective", *metrics, "state", "seconds", "out", "message"]
+    columns = ["run", *keys, OBJECTIVE, *metrics, "state", "seconds", "out", "message"]
     rows = [
         [
             each["run"],
@@ -67,7 +71,7 @@ def short_table(outcomes: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> 
     whole = full_table(outcomes)
     values = {name: [row[place] for row in whole.rows] for place, name in enumerate(whole.columns)}
     shown = [key for key in swept if key in values]
-    shown += [name for name in ("objective", *HEADLINES) if any(value is not None for value in values.get(name, []))]
+    shown += [name for name in (OBJECTIVE, *HEADLINES) if any(value is not None for value in values.get(name, []))]
     values["message"] = [_first_line(message) for message in values["message"]]
     last = ["message"] if any(values["message"]) else []
     columns = ["run", *shown, "state", "seconds", "out", *last]
@@ -99,6 +103,12 @@ def _by_key(overrides: Sequence[str]) -> dict[str, str]:
 def _swept(outcome: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Of a run's overrides those that not all runs have."""
     return [word for word in outcome["overrides"] if word.partition("=")[0] in keys]
+
+
+def _long_messages(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table had to cut, each message once."""
+    long = [each["message"] for each in outcomes if each["message"] != _first_line(each["message"])]
+    return list(dict.fromkeys(message for message in long if message))
 
 
 def _first_line(message: str | None) -> str | None:

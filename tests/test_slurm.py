@@ -361,9 +361,10 @@ def test_a_job_that_cannot_be_is_refused(override: str, said: str):
     ("words", "said"),
     [
         (["ssl.pretrain", *RUN, "launch=slurm", "launch.time=null"], "error: a Slurm job needs a time limit"),
+        (["ssl.pretrain", *RUN], "error: hydra/launcher=slurm submits Slurm jobs, of which launch=auto says nothing"),
         (["eval.knn", "ckpt=runs/x"], "error: hydra/launcher=slurm reads the settings of a job from `launch`"),
     ],
-    ids=["no time", "no launch group"],
+    ids=["no time", "another launch group", "no launch group"],
 )
 def test_a_job_that_cannot_be_is_refused_without_a_traceback(words: list[str], said: str, tmp_path: Path):
     child = start([words[0], "-m", "hydra/launcher=slurm", *words[1:]], home=tmp_path, said=tmp_path / "said.txt")

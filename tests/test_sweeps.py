@@ -165,9 +165,9 @@ def test_optuna_goes_on_after_failed_trials_and_names_the_best(monkeypatch, caps
     assert len(table) == 4
     assert {row["state"] for row in table} == {"failed", "done"}
     done = [row for row in table if row["state"] == "done"]
-    assert [row["objective"] for row in done] == [row["loss"] for row in done]
+    assert [row["objective_value"] for row in done] == [row["loss"] for row in done]
     best = OmegaConf.load("swept/optimization_results.yaml")
-    assert best.best_value == min(float(row["objective"]) for row in done)
+    assert best.best_value == min(float(row["objective_value"]) for row in done)
     said = capsys.readouterr().out
     assert f"objective {best.best_value:.6g}: data.limit={best.best_params['data.limit']}" in said
 
@@ -180,7 +180,7 @@ def test_the_same_optuna_sweep_again_asks_for_the_same_trials_and_trains_none_tw
     assert sweep(monkeypatch, *words, "hydra.sweeper.n_trials=3", folder="again") == 0
     first, again = rows("first"), rows("again")
     assert [row["optim.base_lr"] for row in again[:2]] == [row["optim.base_lr"] for row in first]
-    assert [row["objective"] for row in again[:2]] == [row["objective"] for row in first]
+    assert [row["objective_value"] for row in again[:2]] == [row["objective_value"] for row in first]
     assert {out: steps_saved(Path(out))[-1][1].stat().st_mtime_ns for out in made} == made
     assert again[2]["out"] not in made
 
@@ -297,11 +297,12 @@ def beside(tmp_path):
     """Starts a sweep of long runs with joblib: in an interpreter of its own, which ends joblib's processes with it."""
     children: list[subprocess.Popen[bytes]] = []
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
+    def start(*words: str, leads_a_session: bool = False) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(forks.ROOT), "OMP_NUM_THREADS": "1"}
         typed = [sys.executable, "-m", *long("hydra/launcher=joblib", *words)]
         with (tmp_path / "said.txt").open("w") as said:
-            children.append(subprocess.Popen(typed, cwd=tmp_path, env=environment, stdout=said, stderr=said))
+            about: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdout": said, "stderr": said}
+            children.append(subprocess.Popen(typed, **about, start_new_session=leads_a_session))
         return children[-1]
 
     yield start
@@ -348,6 +349,18 @@ def test_sigterm_reaches_the_runs_beside_the_sweep_which_save_before_it_ends(bes
     assert [row["state"] for row in table] == ["stopped", "stopped"]
     assert all(len(steps_saved(Path(row["out"]))) == 1 for row in table)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=10)
+
+
+def test_a_ctrl_c_that_reaches_the_whole_group_without_a_terminal_stops_each_run_once(beside, tmp_path):
+    child = beside("seed=0,1,2", leads_a_session=True)
+    wait_for(lambda: num_trained(tmp_path) == 2)
+    os.killpg(child.pid, signal.SIGINT)
+    assert child.wait(90) == 130, (tmp_path / "said.txt").read_text()
+    table = rows()
+    assert [row["state"] for row in table] == ["stopped", "stopped"]
+    for row in table:
+        saved = steps_saved(Path(row["out"]))[-1][0]
+        assert f"stopped by SIGINT after step {saved}, which is saved" in row["message"]
 
 
 @pytest.mark.parametrize("obeys", [True, False])
