@@ -3,7 +3,8 @@
 Each tensor is cut along its first dimension, a rank keeping one piece. A block's weights are gathered when the block
 runs and let go behind it, in the forward pass and again in the backward pass (Zhao et al. 2023, arXiv:2304.11277;
 torch.distributed.fsdp.fully_shard). They are gathered in fp32 and autocast as without sharding, so that losses are
-those of DistributedDataParallel at every precision.
+those of DistributedDataParallel at every precision. Below fp32 the price is that autograd keeps the rounded copies,
+whole, from the forward to the backward pass; activation checkpointing makes them again block by block.
 
 Everything here is the identity for a method that is not cut, so callers need not ask.
 """
@@ -106,6 +107,21 @@ def shard(method: nn.Module, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # torch takes what runs first for the root, and an evaluation may run a block before the method ever ran.
     fully_shard(method, mesh=mesh)._get_fsdp_state()._lazy_init()
+
+
+def rounded_note(method: nn.Module, dtype: torch.dtype, *, recomputed: bool) -> str | None:
+    """What to know about the rounded weights of a cut method whose passes compute in `dtype`; None for nothing.
+
+    `recomputed` is whether its activations are computed again in the backward pass.
+    """
+    if dtype == torch.float32 or recomputed or not is_sharded(method):
+        return None
+    rounded = sum(p.numel() * dtype.itemsize for p in method.parameters() if p.ndim > 1)  # of layers that multiply
+    return (
+        f"trainer.shard=full cuts the weights, but each rank keeps up to {rounded / 2**20:,.1f} MiB of rounded copies "
+        "until its backward pass has used them; trainer.activation_checkpointing=true makes them again block by block, "
+        "trainer.precision=fp32 needs none"
+    )
 
 
 def check_divisible(method: nn.Module) -> None:

@@ -353,7 +353,8 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's precision, for what is computed within."""
         enabled = self.dtype != torch.float32
-        # Its cache of weights in lower precision would hold those of all blocks, which sharding lets go one by one.
+        # Its cache of weights in lower precision would hold those of all blocks until the forward pass ends; with
+        # activation checkpointing nothing else does.
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not is_sharded(self.method))
 
     def _no_sync(self, *, unless: bool) -> contextlib.AbstractContextManager[Any]:

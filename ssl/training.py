@@ -48,7 +48,7 @@ from ssl.recipe import (
 from ssl.run_pictures import RunPictures, first_images
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
-from ssl.sharding import Gathering, Tensors, shard
+from ssl.sharding import Gathering, Tensors, rounded_note, shard
 from ssl.slow_ranks import SlowRanks
 from ssl.stopping import deadline_of
 from ssl.tracking import Tracker
@@ -110,6 +110,9 @@ def train(
         checkpoint_activations(method)
     if settings.shard.name == "full":
         shard(method, device)
+        note = rounded_note(method, dtype, recomputed=settings.activation_checkpointing)
+        if note is not None and distributed.is_main():
+            log.warning(note)
 
     # ---- views -----------------------------------------------------------------------------------------------------
     with wrong_types("augment.views"):

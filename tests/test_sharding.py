@@ -16,7 +16,7 @@ from ssl.averaging import MovingAverage, averaged_copy, weights_of
 from ssl.methods.base import Method
 from ssl.models.backbones import pooled_features
 from ssl.optim import make_optimizer, parameter_groups, state_to_tensors, tensors_to_state
-from ssl.sharding import Gathering, exchange, fill, gathered_weights, is_cut, local, shard
+from ssl.sharding import Gathering, blocks_of, exchange, fill, gathered_weights, is_cut, local, rounded_note, shard
 from ssl.tensor_stream import StoredTensor, TensorFile, write_tensors
 from ssl.trainer import NotFinite, Trainer
 from tests.test_trainer import GLOBAL_BATCH, make_batch, make_method, make_trainer
@@ -126,6 +126,42 @@ def test_bf16_losses_are_those_of_ddp(two_ranks):
 def _losses_in_bf16() -> list[list[float]]:
     trainers = [assembled("mae", cut=cut, optimizer="adamw", dtype=torch.bfloat16) for cut in (False, True)]
     return [[loss for loss, _ in steps(trainer, 4)] for trainer in trainers]
+
+
+def test_whole_weights_outlast_their_blocks_forward_pass_only_where_they_are_rounded(two_ranks):
+    for kept, announced in two_ranks.run(_whole_weights_kept):
+        assert kept["fp32"] == 0
+        assert kept["bf16, computed again"] == 0
+        assert 0 < kept["bf16"] <= announced["bf16"]  # which has the layers outside of blocks too
+        assert [name for name, size in announced.items() if size] == ["bf16"]
+
+
+def _whole_weights_kept() -> tuple[dict[str, int], dict[str, float]]:
+    """Bytes of whole weights of blocks that autograd holds when a forward pass is over, and those that are told of."""
+    kept, announced = {}, {}
+    for name, dtype, recompute in (
+        ("fp32", torch.float32, False),
+        ("bf16", torch.bfloat16, False),
+        ("bf16, computed again", torch.bfloat16, True),
+    ):
+        trainer = assembled("mae", cut=True, optimizer="adamw", recompute=recompute, dtype=dtype)
+        inside = {weight for block in blocks_of(trainer.method) for weight in block.parameters()}
+        outside = {weight.shape for weight in trainer.method.parameters() if weight not in inside}
+        shapes = {weight.shape for weight in inside if weight.ndim == 2} - outside
+        held: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, held: dict[int, Tensor] = held) -> Tensor:
+            held[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.autocast():
+            loss = trainer.method(own_batch(trainer.method))["loss"]
+        whole = [tensor for tensor in held.values() if {tensor.shape, tensor.shape[::-1]} & shapes]
+        kept[name] = sum(tensor.untyped_storage().nbytes() for tensor in whole)
+        note = rounded_note(trainer.method, dtype, recomputed=recompute)
+        announced[name] = 0.0 if note is None else float(note.split(" MiB")[0].split()[-1]) * 2**20
+        loss.backward()
+    return kept, announced
 
 
 def test_each_rank_keeps_half_of_weights_gradients_averages_and_optimizer_state(two_ranks):
