@@ -46,6 +46,8 @@ class Ending:
     code: int
     outcome: Outcome | None = None
     message: str | None = None
+    is_said: bool = False
+    """Whether the message is that of another rank, which says it."""
     pass_on: Callable[[], None] = lambda: None
     """Hands a signal on to who handled it before the run did; it may not return."""
 
@@ -67,7 +69,7 @@ def run_command(task: Callable[[DictConfig], Any], *, config_name: str) -> None:
         if sweep is not None:
             return _run_of_sweep(task, config, sweep)
         ending = _attempt(task, config, catch=(ValueError, OSError, RuntimeError))
-        if ending.message and not distributed.is_said_by_first(ending.message):
+        if ending.message and not ending.is_said and not distributed.is_said_by_first(ending.message):
             _say(ending.message)
         ending.pass_on()
         if ending.code:
@@ -107,16 +109,23 @@ def _attempt(task: Callable[[DictConfig], Any], config: DictConfig, *, catch: tu
         return Ending(stopped.exit_code, message=str(stopped), pass_on=stopped.pass_on)
     except KeyboardInterrupt:
         return Ending(130, message="interrupted; what was saved stays, and the same command continues from it")
-    except catch as error:
+    except Exception as error:
         if distributed.is_device_fault(error):
             return Ending(LOST_CONTACT, message=f"error: a device failed: {error}")
         if distributed.is_lost_contact(error):
+            heard = distributed.mistake_of_another()
+            if heard is not None:
+                return Ending(1, message=heard, is_said=True)
             return Ending(LOST_CONTACT, message=f"error: the other ranks are lost: {error}")
         mistake = isinstance(error, ValueError | OSError)
+        message = f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}"
+        distributed.tell_mistake(message)
+        if not isinstance(error, catch):
+            raise
         if not mistake or os.environ.get(FULL_ERROR) == "1":  # not the user's, as far as we know: show where
             traceback.print_exc()
         code = getattr(error, "exit_code", 1)
-        return Ending(code, message=f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}")
+        return Ending(code, message=message)
     return Ending(0, outcome=result if isinstance(result, Outcome) else Outcome({}))
 
 
@@ -141,7 +150,7 @@ def _run_of_sweep(task: Callable[[DictConfig], Any], config: DictConfig, sweep: 
         job.tell(FAILED, message=f"error: {type(error).__name__}: {error}")
         raise
     job.tell(state_of(ending.code), message=ending.message, outcome=ending.outcome)
-    if ending.message:
+    if ending.message and not ending.is_said:
         _say(ending.message)
     if ending.outcome is not None:
         return ending.outcome.objective

@@ -5,9 +5,11 @@ Everything here is the identity, or does nothing, where there is one process, so
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssl.last_words import LastWords
 from ssl.ranks import adopt_slurm
 
 TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it fails: long enough for rank 0 to write a large checkpoint."""
 _timeout = TIMEOUT
 _began: float | None = None
+_last_words: LastWords | None = None
 _seconds_in_exchanges = 0.0
 
 
@@ -49,6 +53,9 @@ def start(device: str, *, timeout: timedelta = TIMEOUT) -> torch.device:
             dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
         else:
             dist.init_process_group("gloo", timeout=timeout)
+        global _last_words
+        _host_group()  # while all are here: later a rank may have ended, and the others would wait for it to join
+        _last_words = LastWords(shared_store("last words"), dist.get_world_size())
     return chosen
 
 
@@ -74,6 +81,10 @@ def _choose_device(device: str) -> torch.device:
 
 def stop() -> None:
     """Leave the group, if one was joined."""
+    global _last_words
+    if _last_words is not None:
+        _last_words.close()
+        _last_words = None
     if dist.is_initialized():
         _host_groups.clear()
         dist.destroy_process_group()
@@ -89,6 +100,17 @@ def is_device_fault(error: BaseException) -> bool:
     does not suffice has not.
     """
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def tell_mistake(words: str) -> None:
+    """Tell the other ranks, which will lose this one, why it leaves: by a mistake, that another start would repeat."""
+    if _last_words is not None:
+        _last_words.tell(words)
+
+
+def mistake_of_another() -> str | None:
+    """What another rank told by `tell_mistake`, to ask for where contact is lost; None where none did."""
+    return None if _last_words is None else _last_words.of_another()
 
 
 def began() -> float:
@@ -150,7 +172,11 @@ def is_said_by_first(words: str, *, seconds: float = 2.0) -> bool:
         if is_main():
             store.set(f"said/{words}", "")
             return False
-        store.wait([f"said/{words}"], timedelta(seconds=seconds))
+        until = time.monotonic() + seconds
+        while not store.check([f"said/{words}"]):  # its own wait prints warnings of its own
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
         return True
     except RuntimeError:  # it has not answered, or is gone with its process
         return False
@@ -250,6 +276,41 @@ def from_every(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_host_group())
     return values
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """A part of a run that may fail on one rank alone, such as reading a file that its machine lacks: where it does, it
+    fails on every rank, with a ValueError that says of which rank what went wrong. All ranks enter together.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_lost_contact(error):
+            raise
+        said = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        try:
+            told = _joined(from_every((said, socket.gethostname())))
+        except RuntimeError:  # another rank is gone: this one's own error stays
+            raise error from None
+        if told == said or not isinstance(error, ValueError | OSError):  # else the traceback tells where
+            raise
+        raise ValueError(told) from error
+    told = _joined(from_every((None, socket.gethostname())))
+    if told is not None:
+        raise ValueError(told)
+
+
+def _joined(said: list[tuple[str | None, str]]) -> str | None:
+    """What the ranks, given as (words or None, host), say went wrong: once where all say the same; None for nothing."""
+    words = {text for text, _ in said}
+    if len(words) == 1:
+        return said[0][0]
+    first: dict[str, str] = {}
+    for number, (text, host) in enumerate(said):
+        if text is not None:
+            first.setdefault(text, f"rank {number} on {host}: {text}")
+    return "\n".join(first.values())
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:

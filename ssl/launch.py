@@ -274,9 +274,9 @@ class Ending:
 
 def _raise_mistake(reports: list[Report]) -> None:
     """Raise the first rank's; another rank's is printed where it says something else."""
-    first, *others = reports
+    first, *others = sorted(reports, key=lambda report: report.is_heard)
     for report in others:
-        if report.message != first.message:
+        if not report.is_heard and report.message != first.message:
             _say(f"[rank {report.rank}] {report.message}")
     raise ValueError(first.message) if first.is_plain else ChildProcessError(f"rank {first.rank}: {first.message}")
 

@@ -50,6 +50,8 @@ class Report:
     """The step that was saved when it was asked to stop."""
     is_fault: bool = False
     """Whether it was lost by a fault of its own device, where the others only missed it."""
+    is_heard: bool = False
+    """Whether the mistake is that of another rank, which told it before it left."""
     result: Any = None
 
 

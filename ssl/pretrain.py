@@ -46,23 +46,22 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     check_trainer(settings)
     device = distributed.start(settings.device.name, timeout=group_timeout(settings.hang_timeout))
     dtype = choose_dtype(settings.precision.name, device)
-    _open_run_folder(out)
 
-    # ---- data ------------------------------------------------------------------------------------------------------
+    # ---- data, model and method ------------------------------------------------------------------------------------
     data = config.data
-    first_here = distributed.local_rank() == 0
-    if data.source.get("download") and not first_here:
-        distributed.barrier()  # one process of a machine downloads
-    source = build(data.source, split="train")
-    if data.source.get("download") and first_here:
-        distributed.barrier()
-    if data.limit is not None:
-        source = limit(source, data.limit, seed=config.seed)
-    image_size = choose_image_size(plain(data.image_size), source)
-
-    # ---- model and method ------------------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)
-    method, spec = make_method(config, image_size)
+    if data.source.get("download"):
+        with distributed.fail_together():
+            if distributed.local_rank() == 0:  # one process of a machine downloads
+                build(data.source, split="train")
+    with distributed.fail_together():
+        _open_run_folder(out)
+        source = build(data.source, split="train")
+        if data.limit is not None:
+            source = limit(source, data.limit, seed=config.seed)
+        image_size = choose_image_size(plain(data.image_size), source)
+        torch.manual_seed(config.seed)
+        method, spec = make_method(config, image_size)
+        evaluations = {name: build(node) for name, node in config.online.items()}
     images = Images(
         source,
         channels=data.channels,
@@ -84,7 +83,7 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
             images=images,
             device=device,
             dtype=dtype,
-            evaluations={name: build(node) for name, node in config.online.items()},
+            evaluations=evaluations,
             next_command=f"python -m eval.knn ckpt={out}",
         )
     distributed.stop()  # not after an error: the other ranks may be waiting, and the launcher ends them

@@ -87,11 +87,17 @@ def _attempt(place: Path, task: Task, config: Path) -> int:
     except Stopped as stopped:
         write_report(place, code=stopped.exit_code, message=str(stopped), step=stopped.step)
     except Exception as error:
-        fault = distributed.is_device_fault(error)
-        if fault or distributed.is_lost_contact(error):
+        fault, lost = distributed.is_device_fault(error), distributed.is_lost_contact(error)
+        heard = distributed.mistake_of_another() if lost else None
+        if heard is not None:
+            write_report(place, code=1, message=heard, is_heard=True)
+            return 1
+        if fault or lost:
             write_report(place, code=LOST_CONTACT, message=shorten(str(error), 160), is_fault=fault)
             return LOST_CONTACT
-        write_report(place, code=1, **_said(error))
+        said = _said(error)
+        write_report(place, code=1, **said)
+        distributed.tell_mistake(said["message"])
         return 1
     with contextlib.suppress(RuntimeError):  # what this process did is done, whatever has become of the others
         distributed.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -296,3 +297,53 @@ def test_ranks_that_end_with_the_same_words_leave_them_to_the_first(two_ranks: P
     assert [said for said, _ in two_ranks.run(_last_words, ["no such file", "no such GPU"])] == [False, False]
     assert two_ranks.run(_words_of_the_second_alone) == [False, False]
     assert not distributed.is_said_by_first("of one process")
+
+
+def _ends_of_a_part(errors: list[Exception | None]) -> tuple[str, str]:
+    error = errors[distributed.rank()]
+    try:
+        with distributed.fail_together():
+            if error is not None:
+                raise error
+    except Exception as raised:
+        return type(raised).__name__, str(raised)
+    return "", ""
+
+
+def test_what_fails_on_one_rank_fails_on_all_with_its_words(two_ranks: Pool) -> None:
+    host = socket.gethostname()
+    lacking = ("ValueError", f"rank 1 on {host}: no such folder")
+    assert two_ranks.run(_ends_of_a_part, [None, ValueError("no such folder")]) == [lacking] * 2
+    assert two_ranks.run(_ends_of_a_part, [OSError("no such folder")] * 2) == [("OSError", "no such folder")] * 2
+    both = ("ValueError", f"rank 0 on {host}: a\nrank 1 on {host}: b")
+    assert two_ranks.run(_ends_of_a_part, [ValueError("a"), OSError("b")]) == [both] * 2
+    first, second = two_ranks.run(_ends_of_a_part, [TypeError("3"), None])
+    assert first == ("TypeError", "3")  # with its traceback
+    assert second == ("ValueError", f"rank 0 on {host}: TypeError: 3")
+    assert two_ranks.run(_ends_of_a_part, [None, None]) == [("", "")] * 2
+
+
+def test_what_fails_in_one_process_fails_as_it_is() -> None:
+    with pytest.raises(OSError, match=r"^no such folder$"), distributed.fail_together():
+        raise OSError("no such folder")
+
+
+def _run_on_other_data(out: str, words: list[str], own: list[list[str]]) -> str:
+    from ssl.pretrain import run
+    from tests.test_pretrain import composed
+
+    try:
+        run(composed(*words, *own[distributed.rank()]), out=Path(out))
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_rank_whose_data_is_not_there_ends_the_run_on_all_ranks(two_ranks: Pool, tmp_path: Path) -> None:
+    from tests.test_pretrain import SHORT, TINY_VIT
+
+    words = ["method=mae", *TINY_VIT, *SHORT, "online=none", "trainer.device=cpu"]
+    own = [[], ["data=folder", "data.root=/nowhere"]]
+    first, second = two_ranks.run(_run_on_other_data, str(tmp_path), words, own)
+    assert first == second
+    assert first.startswith(f"rank 1 on {socket.gethostname()}: data.root=/nowhere does not exist")
