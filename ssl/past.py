@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,38 @@ from omegaconf import DictConfig
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
 from ssl.averaging import Average
+from ssl.config import plain
 from ssl.methods.base import Method
 from ssl.online import Evaluation, StopRun, load_evaluations
 from ssl.optim import tensors_to_state
 from ssl.rank_dependence import rank_dependence
-from ssl.same_run import same_images, same_recipe
+from ssl.same_run import flat, same_images, same_recipe
 
 log = logging.getLogger(__name__)
+
+
+OWN = (
+    "out",  # one folder, which machines may reach by different names
+    "ckpt",
+    "device",
+    "threads",
+    "wandb",
+    "loader",
+    "launch",
+    "trainer.device",
+    "trainer.devices",
+    "trainer.fallback",
+    "trainer.max_time",  # that of any rank ends all
+    "trainer.profile_steps",
+    "data.root",  # the images themselves are compared
+    "data.source.root",
+    "data.source.held_gib",
+    "data.source.readers",
+    "data.source.retries",
+    "data.source.storage_options",
+    "data.in_memory_gib",
+)
+"""Settings that may be another on each rank."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +81,10 @@ def take_up(
     """Load a run's newest whole checkpoint into its parts; returns the rest of what it holds.
 
     `images` are the number of the data's images and their checksum, `where` is how the data is called. Raises
-    ValueError where the run in `out` has another recipe or other images, or where no checkpoint of it is whole, and
-    StopRun where an evaluation had ended it.
+    ValueError where the ranks have different images or settings, where the run in `out` has another recipe or other
+    images, or where no checkpoint of it is whole, and StopRun where an evaluation had ended it.
     """
+    _check_same_on_all_ranks(config, images, where)
     resumed = checkpoint.resume(
         out,
         method=method,
@@ -91,6 +119,39 @@ def take_up(
     if len(set(steps)) > 1:
         raise ValueError(f"the ranks would continue from different steps, {steps}: out={out} must be one shared folder")
     return past
+
+
+def _check_same_on_all_ranks(config: DictConfig, images: tuple[int, int], where: str) -> None:
+    """Raise ValueError, on every rank, where one has other images than another, or another setting that is no OWN."""
+    settings = {
+        key: value
+        for key, value in flat(plain(config)).items()
+        if not any(key == own or key.startswith(f"{own}.") for own in OWN)
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    everywhere = distributed.from_every((images, digest, where))
+    if len({seen for seen, _, _ in everywhere}) > 1:
+        told = _by_rank([f"{name}, {number:,} with checksum {total}," for (number, total), _, name in everywhere])
+        raise ValueError(
+            f"the ranks see different images: {told}; copy the same files to every machine, or read them from one "
+            "shared folder"
+        )
+    if len({digest for _, digest, _ in everywhere}) > 1:
+        each = distributed.from_every(settings)
+        keys = sorted({key for one in each for key in one})
+        told = [f"{key}: {_by_rank([one.get(key) for one in each])}" for key in keys]
+        differing = [line for line, key in zip(told, keys) if any(one.get(key) != each[0].get(key) for one in each)]
+        raise ValueError(
+            "the ranks were given different settings:\n  " + "\n  ".join(differing) + "\nStart all with the same words"
+        )
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    """`48 on rank 0, 2; 80 on rank 1`."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(str(rank))
+    return "; ".join(f"{value} on rank {', '.join(those)}" for value, those in ranks.items())
 
 
 def _warn_of_ranks(method: Method, config: DictConfig, *, then: int, now: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -340,10 +341,38 @@ def _run_on_other_data(out: str, words: list[str], own: list[list[str]]) -> str:
 
 
 def test_a_rank_whose_data_is_not_there_ends_the_run_on_all_ranks(two_ranks: Pool, tmp_path: Path) -> None:
-    from tests.test_pretrain import SHORT, TINY_VIT
-
-    words = ["method=mae", *TINY_VIT, *SHORT, "online=none", "trainer.device=cpu"]
     own = [[], ["data=folder", "data.root=/nowhere"]]
-    first, second = two_ranks.run(_run_on_other_data, str(tmp_path), words, own)
+    first, second = two_ranks.run(_run_on_other_data, str(tmp_path), _few_words(), own)
     assert first == second
     assert first.startswith(f"rank 1 on {socket.gethostname()}: data.root=/nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (
+            [["data.limit=48"], ["data.limit=80"]],
+            r"different images: .*48 with checksum \d+, on rank 0; .* 80 with checksum",
+        ),
+        ([[], ["data.source.seed=7"]], r"different images"),
+        ([["optim.base_lr=1e-3"], ["optim.base_lr=2e-3"]], r"optim\.base_lr: 0\.001 on rank 0; 0\.002 on rank 1"),
+    ],
+)
+def test_ranks_that_would_train_on_different_terms_do_not_train(
+    own: list[list[str]], told: str, two_ranks: Pool, tmp_path: Path
+) -> None:
+    first, second = two_ranks.run(_run_on_other_data, str(tmp_path), _few_words(), own)
+    assert first == second
+    assert re.search(told, first), first
+
+
+def test_ranks_may_have_threads_of_their_own(two_ranks: Pool, tmp_path: Path) -> None:
+    own = [["loader.threads=1"], ["loader.threads=2"]]
+    ended = two_ranks.run(_run_on_other_data, str(tmp_path), [*_few_words(), "trainer.steps=1"], own)
+    assert ended == ["trained"] * 2
+
+
+def _few_words() -> list[str]:
+    from tests.test_pretrain import SHORT, TINY_VIT
+
+    return ["method=mae", *TINY_VIT, *SHORT, "online=none", "trainer.device=cpu"]
