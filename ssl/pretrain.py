@@ -21,7 +21,7 @@ import ssl.distributed as distributed
 from ssl.command import choices, run_command, run_folder
 from ssl.config import PretrainConfig, build, check, check_trainer, locate, plain, register_schemas
 from ssl.data.image_size import choose_image_size
-from ssl.data.subset import limit
+from ssl.data.subset import limit, limit_note
 from ssl.launch import launch
 from ssl.methods.base import Method, build_method
 from ssl.models.backbones import BackboneSpec, build_backbone, model_name
@@ -56,8 +56,10 @@ def run(config: DictConfig, *, out: Path) -> dict[str, float]:
     with distributed.fail_together():
         _open_run_folder(out)
         source = build(data.source, split="train")
-        if data.limit is not None:
-            source = limit(source, data.limit, seed=config.seed)
+        too_many = limit_note(source, data.limit)
+        if too_many is not None and distributed.is_main():
+            log.warning(too_many)
+        source = limit(source, data.limit, seed=config.seed)
         image_size = choose_image_size(plain(data.image_size), source)
         torch.manual_seed(config.seed)
         method, spec = make_method(config, image_size)

@@ -24,7 +24,7 @@ from ssl.chips import bare_name, chip_named, device_peak, memory_gib, peak_tflop
 from ssl.config import build, check_trainer, plain, wrong_types
 from ssl.data.image_size import DEFAULT, as_size, choose_image_size
 from ssl.data.loader import whole_batches
-from ssl.data.subset import limit
+from ssl.data.subset import limit, limit_note
 from ssl.data.views import make_views
 from ssl.memory_plan import (
     DeviceMemory,
@@ -322,9 +322,9 @@ def _images(config: DictConfig) -> tuple[int, tuple[int, int], list[str]]:
         size = as_size(plain(data.image_size)) or (DEFAULT, DEFAULT)
         note = f"the images of data={data.name} are not here: {data.limit:,} are taken from data.limit"
         return data.limit, size, [f"{note}, at {size[0]}x{size[1]} pixels"]
-    if data.limit is not None:
-        source = limit(source, data.limit, seed=config.seed)
-    return len(source), choose_image_size(plain(data.image_size), source), []
+    note = limit_note(source, data.limit)
+    source = limit(source, data.limit, seed=config.seed)
+    return len(source), choose_image_size(plain(data.image_size), source), [] if note is None else [note]
 
 
 def _millions(number: int) -> str:

@@ -58,6 +58,13 @@ def limit(source: Source, count: int | None, seed: int = 0) -> Source:
     return Subset(source, np.sort(balanced[:count]))
 
 
+def limit_note(source: Source, count: int | None) -> str | None:
+    """What to say where `count` is more than there are: that `limit` then takes all of `source`."""
+    if count is None or count <= len(source):
+        return None
+    return f"data.limit={count:,}, but there are {len(source):,} images: all are taken"
+
+
 def split_held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices (kept, held_out): `fraction` of each class is held out, at least one image of each class of two.
 
