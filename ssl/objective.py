@@ -31,6 +31,7 @@ def check_direction(config: DictConfig) -> None:
             f"this sweeper optimizes, and must be told what: objective=, one of {', '.join(JUDGED)}, "
             "or a metric of the run such as rankme or loss"
         )
+    _check_name(config.objective)
     direction = str(sweeper.get("direction"))
     better = {"minimize": LARGER_IS_BETTER, "maximize": SMALLER_IS_BETTER}
     if config.objective in better.get(direction, ()):
@@ -46,6 +47,15 @@ def check_objective(config: DictConfig) -> None:
     name = config.objective
     if name is None:
         return
+    _check_name(name)
+    if name in ("rankme", "lidar") and (not config.online or config.trainer.eval_every_epochs is None):
+        raise ValueError(f"objective={name} is found during the run: give online=health and trainer.eval_every_epochs=")
+    if name in JUDGED:
+        importlib.import_module("eval.objective").check_data(name, config)
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError for an evaluation that is none, or that reads the test split."""
     if name in ON_TEST:
         raise ValueError(
             f"objective={name} is measured on the test split, and what is chosen by it could not be reported on it; "
@@ -53,16 +63,12 @@ def check_objective(config: DictConfig) -> None:
         )
     if name.startswith("eval.") and name not in JUDGED:
         raise ValueError(f"objective={name} is not known; of the evaluations there are {', '.join(JUDGED)}")
-    if name in ("rankme", "lidar") and (not config.online or config.trainer.eval_every_epochs is None):
-        raise ValueError(f"objective={name} is found during the run: give online=health and trainer.eval_every_epochs=")
-    if name in JUDGED:
-        importlib.import_module("eval.objective").check_data(name, config)
 
 
 def find_objective(config: DictConfig, metrics: Mapping[str, float | None], *, out: Path) -> float | None:
     """The objective of the finished run in `out` with the last `metrics`; None where none is asked for.
 
-    Raises ValueError where the run has no such metric, or its last one is not finite.
+    Raises ValueError where the run has no such metric, which ends a search by it, or its last one is not finite.
     """
     name = config.objective
     if name is None:
@@ -72,6 +78,7 @@ def find_objective(config: DictConfig, metrics: Mapping[str, float | None], *, o
     elif name in metrics:
         value = metrics[name]
     else:
+        importlib.import_module("ssl.sweeps").end_search()  # it reads this file
         raise ValueError(
             f"objective={name}, but this run has {', '.join(sorted(metrics))}; or {', '.join(JUDGED)}. "
             "The same command with another objective= finds it without training again"

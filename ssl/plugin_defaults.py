@@ -5,6 +5,7 @@ A yaml in conf/ cannot do it: Hydra refuses one that bears the name of a plugin'
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -29,9 +30,21 @@ PLUGIN_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+OURS: dict[str, tuple[str, str]] = {
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": ("ssl.slurm_launcher", "SlurmLauncher"),
+    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper": ("ssl.optuna_sweeper", "OptunaSweeper"),
+}
+"""What is done in the place of a plugin's class."""
+
+
 def register_plugin_defaults() -> None:
-    """Give the plugins that are installed these values. Plugins register theirs when Hydra first looks for them."""
-    Plugins.instance()
+    """Give the plugins that are installed these values and classes. Plugins register theirs when Hydra first looks for
+    them.
+    """
+    classes = Plugins.instance().class_name_to_class
+    for name in OURS.keys() & classes.keys():
+        module, ours = OURS[name]
+        classes[name] = getattr(importlib.import_module(module), ours)
     store = ConfigStore.instance()
     for path, values in PLUGIN_DEFAULTS.items():
         group, _, name = path.rpartition("/")

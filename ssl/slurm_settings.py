@@ -56,8 +56,8 @@ def check_launcher(config: DictConfig) -> None:
     chosen = config.hydra.runtime.choices.get("launch")
     if chosen in NO_JOBS:
         raise ValueError(
-            f"hydra/launcher=slurm submits Slurm jobs, of which launch={chosen} says nothing: add launch=slurm, and what "
-            "the job needs, such as launch.time=12h launch.devices=8 launch.partition=<name>"
+            f"hydra/launcher=slurm submits Slurm jobs, of which launch={chosen} says nothing: add launch=slurm, and "
+            "what the job needs, such as launch.time=12h launch.devices=8 launch.partition=<name>"
         )
     try:
         OmegaConf.to_container(config.hydra.launcher, resolve=True)

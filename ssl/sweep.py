@@ -79,6 +79,10 @@ class Sweep:
                 found.append(json.loads(path.read_text()))
         return sorted((each for each in found if each["sweep"] == self.id), key=lambda each: each["run"])
 
+    def has_objective(self) -> bool:
+        """Whether one of its runs has ended with what the sweep optimizes."""
+        return any(each["objective"] is not None for each in self.outcomes())
+
     def running_beside(self) -> list[int]:
         """Processes of this machine, other than this one, in which runs go on."""
         here = [each for each in self.outcomes() if each["state"] == RUNNING and each["host"] == socket.gethostname()]

@@ -61,6 +61,17 @@ def current() -> Sweep | None:
     return _sweep
 
 
+def begun() -> Sweep | None:
+    """The sweep that this process started, until its end."""
+    return None if _watch is None else _watch.sweep
+
+
+def end_search() -> None:
+    """Let no further run of a sweep that optimizes start, unless one could be judged before: they would fail alike."""
+    if _sweep is not None and _sweep.direction is not None and not _sweep.has_objective():
+        _sweep.end(1)
+
+
 def is_on() -> bool:
     """Whether this process started a sweep that has not come to its end."""
     return _watch is not None

@@ -375,6 +375,20 @@ def test_a_job_that_cannot_be_is_refused_without_a_traceback(words: list[str], s
     assert text.splitlines()[-1].startswith(said), text
 
 
+def test_jobs_that_sbatch_does_not_take_are_one_message_with_its_words(tmp_path: Path):
+    for name, line in (("srun", ":"), ("sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    words = ["ssl.pretrain", "-m", "hydra/launcher=slurm", "launch=slurm", *RUN]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    child = start(words, home=tmp_path, said=tmp_path / "said.txt", PATH=path)
+    child.join(60)
+    assert child.exitcode == 1
+    text = (tmp_path / "said.txt").read_text()
+    assert "error: sbatch did not take the sweep's jobs: sbatch: error: invalid partition\n" in text
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -226,6 +226,32 @@ def test_a_metric_that_the_run_does_not_have_is_told_with_those_that_it_has(monk
     assert [row["out"] for row in rows("again")] == [row["out"] for row in rows()]  # the runs themselves were whole
 
 
+def test_a_search_ends_after_the_first_trial_that_lacks_its_objective(monkeypatch, capsys):
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "optim.base_lr=interval(1e-4,1e-2)"]
+    assert sweep(monkeypatch, *words, "objective=los", "trainer.steps=1") == 1
+    (row,) = rows()
+    said = capsys.readouterr().err
+    assert "objective=los, but this run has bad_images, " in row["message"]
+    assert row["message"] in said.partition("of the sweep's runs failed:")[2]  # in full
+    assert "No trials are completed" not in said  # the words of Optuna's traceback
+
+
+def test_an_objective_that_no_evaluation_has_is_refused_before_the_first_trial(monkeypatch, capsys):
+    words = ["hydra/sweeper=optuna", "optim.base_lr=interval(1e-4,1e-2)", "objective=eval.knm"]
+    assert sweep(monkeypatch, *words) == 1
+    assert "objective=eval.knm is not known; of the evaluations there are eval.knn, " in capsys.readouterr().err
+    assert not Path("swept").exists()
+
+
+def test_a_search_of_which_all_trials_fail_ends_in_words(monkeypatch, capsys):
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=minimize", "objective=loss"]
+    assert sweep(monkeypatch, *words, "data.limit=choice(10,12)") == 1
+    assert [row["state"] for row in rows()] == ["failed", "failed"]
+    said = capsys.readouterr().err
+    assert "error: no trial came to an end with a value of its objective\n" in said
+    assert "No trials are completed" not in said  # the words of Optuna's traceback
+
+
 def test_the_knn_objective_is_scikit_learns_on_images_held_out_of_train(tmp_path, monkeypatch):
     run_dir = write_run(tmp_path / "run")
     config = composed()
