@@ -27,8 +27,7 @@ from torch import Tensor, nn
 __all__ = ["ChannelShuffle", "ShuffleNetV1", "ShuffleUnit", "inner_channels", "stage_channels", "stem_channels"]
 
 STAGE_2_CHANNELS = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}  # table 1, by the number of groups
-STEM_CHANNELS = {0.25: 12, 0.5: 12, 1.0: 24, 1.5: 24, 2.0: 48}
-WIDTHS = {groups: (0.25, 0.5, 1.0, 1.5, 2.0) if groups in (3, 8) else (0.25, 0.5, 1.0) for groups in STAGE_2_CHANNELS}
+STEM_CHANNELS = {0.25: 12, 0.5: 12, 1.0: 24, 1.5: 24, 2.0: 48}  # by the width
 
 
 def stage_channels(groups: int, width: float) -> tuple[int, int, int]:
@@ -271,7 +270,7 @@ def _name(groups: int, width: float) -> str:
     return f"shufflenet_v1_g{groups}_x{width}".replace(".", "_")
 
 
-VARIANTS = {_name(groups, width): (groups, width) for groups, widths in WIDTHS.items() for width in widths}
+VARIANTS = {_name(groups, width): (groups, width) for groups in STAGE_2_CHANNELS for width in STEM_CHANNELS}
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in VARIANTS})
 
 
