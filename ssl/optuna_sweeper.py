@@ -20,7 +20,9 @@ class OptunaSweeper(optuna_sweeper.OptunaSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        self.sweeper.launcher = _UntilEnded(self.sweeper.launcher)
+        launcher = self.sweeper.launcher
+        assert launcher is not None  # made by setup
+        self.sweeper.launcher = _UntilEnded(launcher)
 
     def sweep(self, arguments: list[str]) -> None:
         """Search. Raises Refused, once it is said, where no trial has a value: Optuna then has no best one."""
