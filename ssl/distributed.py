@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -199,14 +199,14 @@ def seconds_in_exchanges() -> float:
     return _seconds_in_exchanges
 
 
-def _timed(exchange: Callable[..., Any], *tensors: Tensor) -> None:
+def _clock() -> float:
+    return 0.0 if torch.compiler.is_compiling() else time.perf_counter()  # a compiled graph has no clock
+
+
+def _count_seconds(since: float) -> None:
     global _seconds_in_exchanges
-    if torch.compiler.is_compiling():  # a compiled graph has no clock
-        exchange(*tensors)
-        return
-    began = time.perf_counter()
-    exchange(*tensors)
-    _seconds_in_exchanges += time.perf_counter() - began
+    if not torch.compiler.is_compiling():
+        _seconds_in_exchanges += time.perf_counter() - since
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -232,7 +232,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))  # (W*B, ...)
-        _timed(dist.all_gather_into_tensor, joined, x.contiguous())
+        since = _clock()
+        dist.all_gather_into_tensor(joined, x.contiguous())
+        _count_seconds(since)
         return joined
 
     @staticmethod
@@ -251,7 +253,9 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's `x`, detached, the same on all ranks."""
     total = x.detach().clone()
     if dist.is_initialized():
-        _timed(dist.all_reduce, total)
+        since = _clock()
+        dist.all_reduce(total)
+        _count_seconds(since)
     return total
 
 
