@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ OWN_ARGUMENTS = {  # what build_backbone sets itself, and the setting to use ins
     "checkpoint_path": "nothing: pretraining starts from random weights",
     "features_only": "nothing: a backbone gives one vector per image",
 }
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # timm raises whatever a wrong argument or image size runs into first.
 MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -42,8 +43,8 @@ class BackboneSpec:
     """What a backbone is rebuilt from, before its weights are loaded strictly.
 
     `architecture` is timm's name, or torchvision's behind `torchvision/`. `model_args` are the library's own keyword
-    arguments, JSON values only. Drop path is no part of it: it belongs to a
-    training run.
+    arguments, JSON values only. Drop path is no part of it: it belongs to a training run. Dropout acts only where
+    `model_args` ask for it.
     """
 
     architecture: str
@@ -146,7 +147,8 @@ def describe_backbone(
 def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: str | None = None) -> nn.Module:
     """Rebuild the model that a description names, with fresh weights.
 
-    Raises ValueError where the model takes no drop path, or where the rate given would change nothing.
+    Dropout that the library's model has unasked is off. Raises ValueError where the model takes no drop path, or where
+    the rate given would change nothing.
     """
     args = dict(spec.model_args)
     if drop_path:
@@ -167,11 +169,30 @@ def backbone_from_spec(spec: BackboneSpec, *, drop_path: float = 0.0, device: st
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
+    turn_off_dropout(model, but=asked_dropout(spec.model_args))
     if drop_path and not any(getattr(module, "drop_prob", 0.0) for module in model.modules()):
         raise ValueError(
             f"model.drop_path={drop_path} has no effect on {spec.architecture} with {spec.model_args}; set it to 0."
         )
     return model
+
+
+def asked_dropout(model_args: Mapping[str, Any]) -> set[float]:
+    """The rates of dropout that a model's arguments ask for: `drop_rate`, `dropout`, `attn_drop_rate` and the like."""
+    rates = {value for key, value in model_args.items() if "drop" in key and "path" not in key}
+    return {float(rate) for rate in rates if isinstance(rate, int | float)}
+
+
+def turn_off_dropout(model: nn.Module, *, but: Collection[float] = ()) -> None:
+    """Set every dropout of a model to 0 whose rate is not among `but`; timm's GhostNet would drop 0.2 unasked.
+
+    Some models apply it without a module, at their `drop_rate`.
+    """
+    for module in model.modules():
+        if isinstance(module, DROPOUTS) and module.p not in but:
+            module.p = 0.0
+        if isinstance(getattr(module, "drop_rate", None), float) and module.drop_rate not in but:
+            module.drop_rate = 0.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def model_name(model: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ssl.models.backbones import BackboneSpec, backbone_from_spec
+from ssl.models.backbones import BackboneSpec, asked_dropout, backbone_from_spec, turn_off_dropout
 
 POOLINGS = ("auto", "token", "avg")
 
@@ -26,9 +26,9 @@ def make_classifier(
     """The model that a description names with a classifier for `num_classes`, and its description with the pooling.
 
     `pooling` of a vision transformer is its class token (`token`) or the mean of its patches behind a LayerNorm of its
-    own (`avg`, as in BEiT and MAE); `auto` is what the description says. `dropout` acts before the classifier, whose
-    weights are normal with deviation `head_std`, cut at two, with biases of 0. Raises ValueError for what the model
-    does not have, or what would change nothing.
+    own (`avg`, as in BEiT and MAE); `auto` is what the description says. `dropout` acts before the classifier,
+    whatever the rate of pretraining was; 0 is none. The classifier's weights are normal with deviation `head_std`, cut
+    at two, with biases of 0. Raises ValueError for what the model does not have, or what would change nothing.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -38,12 +38,14 @@ def make_classifier(
     if pooling != "auto":
         args["global_pool"] = pooling
     spec = replace(spec, model_args=args)
+    args = {key: value for key, value in args.items() if key not in ("drop_rate", "dropout")}
     if dropout:
-        args = {**args, "drop_rate": dropout}
+        args["drop_rate"] = dropout
     model: Any = backbone_from_spec(replace(spec, model_args=args), drop_path=drop_path)
     if pooling != "auto" and not isinstance(model, VisionTransformer):
         raise ValueError(f"pooling={pooling} is for vision transformers, got {spec.architecture}; set pooling=auto")
     model.reset_classifier(num_classes)
+    turn_off_dropout(model, but=asked_dropout(args))  # a fresh head may bring the library's own
     modules = any(isinstance(part, nn.Dropout) and part.p == dropout for part in model.modules())
     if dropout and not modules and getattr(model, "drop_rate", 0.0) != dropout:  # some apply it without a module
         raise ValueError(f"dropout={dropout} has no effect on {spec.architecture}; set it to 0")
