@@ -19,13 +19,15 @@ READS: dict[str, set[str]] = {
 }
 """The settings that each shape reads, beside the warm-up."""
 NAMES = tuple(READS)
+LEVELLING = tuple(name for name, settings in READS.items() if "min_factor" in settings)
+"""The shapes that fall to `min_factor`."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A factor on the peak learning rate for each step from 0 to total_steps - 1.
 
-    Warm-up is the line that would be `warmup_start_factor` one step before the first and is 1 at step `warmup_steps`.
+    Warm-up is the line that would be 0 one step before the first and is 1 at step `warmup_steps`.
     MAE's and SimCLR's code start that line at the first step itself, which spends it at a rate of 0; in a short run
     that step counts. After warm-up, with t = step - warmup_steps, p = t / (total_steps - warmup_steps) and the decays
     between 1 and m = min_factor:
@@ -45,7 +47,6 @@ class Schedule:
     min_factor: float = 0.0
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
-    warmup_start_factor: float = 0.0
     every_steps: int | None = None
     power: float = 1.0
     restart_steps: int | None = None
@@ -57,7 +58,7 @@ class Schedule:
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         if step < self.warmup_steps:
-            return self.warmup_start_factor + (1 - self.warmup_start_factor) * (step + 1) / (self.warmup_steps + 1)
+            return (step + 1) / (self.warmup_steps + 1)
         since = min(step, self.total_steps) - self.warmup_steps
         progress = since / max(self.total_steps - self.warmup_steps, 1)
         if self.name == "cosine":
@@ -123,13 +124,13 @@ def make_schedule(
     power: float | None = None,
     restart_epochs: float | None = None,
     restart_factor: int | None = None,
-    warmup_start_factor: float = 0.0,
 ) -> Schedule:
     """A schedule from durations in epochs: warm-up (null: a tenth of the run), milestones (below 1: parts of the run),
     steps and cycles.
 
-    `power` and `restart_factor` are 1 where they are null. Raises ValueError on an unknown name, on
-    warm-up, milestones, steps or cycles that do not fit the run, and on a value that `name` does not read.
+    `power` and `restart_factor` are 1 where they are null. Raises ValueError on an unknown name, on warm-up,
+    milestones, steps or cycles that do not fit the run, on a value that `name` does not read, and on one that changes
+    no rate.
     """
     if name not in NAMES:
         raise ValueError(f"schedule.name must be one of {', '.join(NAMES)}; got {name!r}")
@@ -156,6 +157,12 @@ def make_schedule(
         raise ValueError(f"schedule.min_factor is a part of the peak learning rate, from 0 to 1; got {min_factor}")
     if name == "exponential" and min_factor == 0:
         raise ValueError("schedule.name=exponential never reaches 0: give schedule.min_factor, such as 0.001")
+    if name in LEVELLING and min_factor == 1:
+        raise ValueError(
+            f"schedule.min_factor=1 keeps schedule.name={name} at its peak; set a lower one, or schedule.name=constant"
+        )
+    if name in ("step", "multi_step") and not 0 < gamma < 1:
+        raise ValueError(f"schedule.gamma is the factor of each step, above 0 and below 1; got {gamma:g}")
     for key, value in (("gamma", gamma), ("power", power)):
         if value is not None and not value > 0:
             raise ValueError(f"schedule.{key} must be above 0, got {value}")
@@ -172,7 +179,6 @@ def make_schedule(
         min_factor,
         _milestone_steps(name, milestones, every_epochs, steps_per_epoch, total_steps),
         gamma,
-        warmup_start_factor,
         every_steps,
         1.0 if power is None else power,
         restart_steps,
@@ -218,4 +224,14 @@ def _milestone_steps(
                 f"{total_steps / steps_per_epoch:g} epochs; numbers below 1 are fractions of the run, whatever its "
                 "length"
             )
+        if not 0 < step < total_steps:
+            raise ValueError(
+                f"schedule.milestones={list(milestones)}: {at:g} is step {step} of a run of {total_steps} steps, where "
+                f"it changes nothing; it must come to a step from 1 to {total_steps - 1}"
+            )
+    if len(set(steps)) < len(steps):
+        raise ValueError(
+            f"schedule.milestones={list(milestones)} come to steps {list(steps)}, some twice; give each once, or run "
+            "longer"
+        )
     return tuple(sorted(steps))

@@ -35,11 +35,6 @@ def test_warmup_is_a_line_that_reaches_one_and_is_never_zero():
     assert found[15:] == [1.0] * 35
 
 
-def test_warmup_may_start_above_zero():
-    schedule = make_schedule("constant", steps_per_epoch=4, total_steps=40, warmup_epochs=1, warmup_start_factor=0.1)
-    np.testing.assert_allclose(factors(schedule)[:5], 0.1 + 0.9 * np.arange(1, 6) / 5)
-
-
 def test_cosine_without_warmup_equals_torchs():
     found = factors(make_schedule("cosine", steps_per_epoch=7, total_steps=35, warmup_epochs=0, min_factor=0.1))
     expected = torch_factors(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=35, eta_min=0.1), 35)
@@ -211,6 +206,20 @@ def test_a_run_of_one_step_takes_it_at_the_peak():
         ({"name": "cosine_restarts", "restart_epochs": 9.5}, "shorter than the 9 epochs"),
         ({"name": "cosine_restarts", "restart_epochs": 2, "restart_factor": 0}, "at least 1, got 0"),
         ({"name": "step", "milestones": [5, 30]}, "30 does not lie within the run of 10 epochs"),
+        (
+            {"name": "multi_step", "milestones": [0.001]},
+            "0.001 is step 0 of a run of 50 steps, where it changes nothing",
+        ),
+        ({"name": "multi_step", "milestones": [0.5, 0.999]}, "0.999 is step 50 of a run of 50 steps"),
+        ({"name": "multi_step", "milestones": [5, 0.5]}, r"come to steps \[25, 25\], some twice"),
+        ({"name": "step", "milestones": [3, 3.01]}, r"come to steps \[15, 15\], some twice"),
+        ({"name": "step", "every_epochs": 2, "gamma": 1}, "above 0 and below 1; got 1"),
+        ({"name": "multi_step", "milestones": [3], "gamma": 10}, "above 0 and below 1; got 10"),
+        ({"name": "multi_step", "milestones": [3], "gamma": 0}, "above 0 and below 1; got 0"),
+        ({"min_factor": 1.0}, "keeps schedule.name=cosine at its peak; .*schedule.name=constant"),
+        ({"name": "cosine_restarts", "restart_epochs": 2, "min_factor": 1}, "keeps schedule.name=cosine_restarts"),
+        ({"name": "exponential", "min_factor": 1}, "keeps schedule.name=exponential at its peak"),
+        ({"name": "polynomial", "min_factor": 1}, "keeps schedule.name=polynomial at its peak"),
         ({"min_factor": 2.0}, "from 0 to 1"),
         ({"total_steps": 0}, "at least one step"),
     ],
