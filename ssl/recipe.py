@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ssl.models.backbones import DROPOUTS
 from ssl.optim import OPTIONS, scaled_lr
 from ssl.schedules import READS, Schedule
 
@@ -90,10 +91,10 @@ def lr_arithmetic(base_lr: float, *, global_batch_size: int, scaling: str) -> st
 def effective_recipe(optimizer: torch.optim.Optimizer, module: nn.Module, *, lr: float) -> list[dict[str, Any]]:
     """A row per parameter group, JSON-able: what of `module` it holds, and what it gets when the schedule is at `lr`.
 
-    `drop_path` and `dropout` are the lowest and highest rate among the group's blocks that have one, null where none
-    has.
+    `drop_path` and `dropout` are the lowest and highest rate among the group's blocks, and what is around them, that
+    have one, null where none has.
     """
-    path_rates, dropout_rates = _block_rates(module, "DropPath", "drop_prob"), _block_rates(module, "Dropout", "p")
+    path_rates, dropout_rates = _block_rates(module, _path_rate), _block_rates(module, _dropout_rate)
     rows: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         names: list[str] = group["names"]
@@ -114,16 +115,33 @@ def effective_recipe(optimizer: torch.optim.Optimizer, module: nn.Module, *, lr:
     return rows
 
 
-def _block_rates(module: nn.Module, kind: str, attribute: str) -> dict[str, float]:
-    """Rate of each block that has a part of this kind, by the block's name and a dot. What acts behind all blocks is no
-    group's own.
+def _path_rate(part: nn.Module) -> float:
+    return float(getattr(part, "drop_prob", 0.0) or 0.0) if type(part).__name__ == "DropPath" else 0.0
+
+
+def _dropout_rate(part: nn.Module) -> float:
+    """The rate of a dropout, or of a part that applies one without a module; 0 where there is none."""
+    rate = part.p if isinstance(part, DROPOUTS) else getattr(part, "drop_rate", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def _block_rates(module: nn.Module, rate_of: Callable[[nn.Module], float]) -> dict[str, float]:
+    """The highest rate of each block that has one, by the beginning of its parameters' names.
+
+    A dropout's block is the nearest module around it that has parameters: in front of a backbone's classifier, and at
+    its end where it has none, this may be the whole backbone.
     """
+    names = [name for name, _ in module.named_parameters()]
     rates: dict[str, float] = {}
     for name, part in module.named_modules():
-        rate = getattr(part, attribute, None)
-        block = name.rpartition(".")[0] + "."
-        if type(part).__name__ == kind and rate and block not in (".", "backbone."):
-            rates[block] = max(float(rate), rates.get(block, 0.0))
+        rate = rate_of(part)
+        if not rate:
+            continue
+        block = f"{name}." if name else ""
+        while block and not any(parameter.startswith(block) for parameter in names):
+            above = block[:-1].rpartition(".")[0]
+            block = f"{above}." if above else ""
+        rates[block] = max(rate, rates.get(block, 0.0))
     return rates
 
 
@@ -133,12 +151,18 @@ def _span_of(rates: Mapping[str, float], names: Sequence[str]) -> list[float] | 
 
 
 def active_parts(
-    settings: Mapping[str, Any], *, optimizer: torch.optim.Optimizer, schedule: Schedule, lr: float
+    settings: Mapping[str, Any],
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    lr: float,
 ) -> dict[str, Any]:
     """Every part of the recipe that acts, JSON-able, by its name; what is off is left out.
 
     `settings` is a run's plain config, of pretraining, fine-tuning or a probe; of the optimizer every option is there
-    with the value that it has, set or not, and of the schedule its lengths in steps.
+    with the value that it has, set or not, and of the schedule its lengths in steps. Dropout is what `module` has, one
+    rate or the list of its rates.
     """
     optim, trainer = settings["optim"], settings["trainer"]
     group = optimizer.param_groups[0]
@@ -151,6 +175,7 @@ def active_parts(
     average = {key: trainer[key] for key in averages if trainer[key] is not None}
     if trainer["swa_start_epoch"] is None:
         average.pop("swa_every_epochs", None)
+    rates = sorted({rate for rate in map(_dropout_rate, module.modules()) if rate})
     parts = {
         "optimizer": {"name": optim["name"], **{key: group[key] for key in sorted(OPTIONS[optim["name"]])}},
         "lr": {"peak": lr, "base_lr": optim["base_lr"], "scaling": optim["scaling"]},
@@ -161,7 +186,7 @@ def active_parts(
         "clip_grad_norm": trainer["clip_grad_norm"],
         "init": model.get("init"),
         "drop_path": settings.get("drop_path") or model.get("drop_path"),
-        "dropout": settings.get("dropout") or (model.get("args") or {}).get("drop_rate"),
+        "dropout": rates[0] if len(rates) == 1 else rates or None,
         "label_smoothing": settings.get("label_smoothing"),
         "mixing": {"name": kind, **mix} if kind not in ("", "Mixing") else None,
         "augment": settings["augment"]["views"],

@@ -193,7 +193,7 @@ def train(
         resume_step=start_step,
     )
     rows = effective_recipe(optimizer, method, lr=peak_lr)
-    parts = active_parts(plain(config), optimizer=optimizer, schedule=schedule, lr=peak_lr)
+    parts = active_parts(plain(config), module=method, optimizer=optimizer, schedule=schedule, lr=peak_lr)
     recipe_json = json.dumps({"notes": list(method.notes), "parts": parts, "groups": rows}, indent=2) + "\n"
     _write_on_main({out / "config.yaml": config_yaml, out / "recipe.json": recipe_json})
     if main:

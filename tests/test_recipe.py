@@ -8,6 +8,8 @@ import timm
 from torch import nn
 
 from ssl.config import plain
+from ssl.models.backbones import build_backbone
+from ssl.models.classifier import make_classifier
 from ssl.optim import make_optimizer, parameter_groups
 from ssl.pretrain import run
 from ssl.recipe import active_parts, batch_arithmetic, effective_recipe, lr_arithmetic, parts_line, recipe_table
@@ -104,31 +106,55 @@ def test_table_shows_a_line_per_group_and_only_columns_that_say_something():
     assert len({len(line) for line in full.splitlines()}) == 1
 
 
-def test_dropout_within_blocks_is_told_for_the_groups_that_have_it():
+def test_dropout_is_told_for_the_groups_that_it_is_in_or_around():
     method = Finetuning()
     method.backbone.blocks[1].mlp.drop1 = nn.Dropout(0.2)
-    method.backbone.head_drop = nn.Dropout(0.5)  # behind all blocks
     rows = {(row["layer"], row["weight_decay"]): row for row in rows_of(method, layer_decay=0.5)}
     assert rows[2, 0.05]["dropout"] == [0.2, 0.2]
     assert rows[1, 0.05]["dropout"] is None
     assert rows[4, 0.05]["dropout"] is None
     assert "dropout" in recipe_table(list(rows.values()))
+    method.backbone.head_drop = nn.Dropout(0.5)  # directly in the backbone
+    rows = {(row["layer"], row["weight_decay"]): row for row in rows_of(method, layer_decay=0.5)}
+    assert rows[2, 0.05]["dropout"] == [0.2, 0.5]
+    assert rows[1, 0.05]["dropout"] == [0.5, 0.5]
+    assert rows[4, 0.05]["dropout"] is None
 
 
-def parts_of(config, name: str, **options) -> dict:
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("ghostnet_100", {"drop_rate": 0.3}),  # has no module for it
+        ("torchvision/squeezenet1_1", {"dropout": 0.3}),  # in a classifier without parameters
+        ("torchvision/alexnet", {"dropout": 0.3}),
+        ("torchvision/googlenet", {"dropout": 0.3}),
+    ],
+)
+def test_dropout_of_the_built_backbone_is_told_and_none_where_it_has_none(name: str, args: dict):
+    for given, told in ((args, 0.3), ({}, None)):
+        method = nn.ModuleDict({"backbone": build_backbone(name, image_size=(64, 64), model_args=given)[0]})
+        parts = parts_of(composed("method=simclr", "model=resnet18", "optim=sgd"), "sgd", module=method)
+        assert parts.get("dropout") == told
+        spans = [row["dropout"] for row in rows_of(method)]
+        assert any(span == [0.3, 0.3] for span in spans) == bool(told)
+        assert all(span in (None, [0.3, 0.3]) for span in spans)
+
+
+def parts_of(config, name: str, module: nn.Module | None = None, **options) -> dict:
     settings = plain(config)
     shape = dict(settings["schedule"])
     schedule = make_schedule(shape.pop("name"), steps_per_epoch=10, total_steps=100, **shape)
     groups = parameter_groups(nn.Linear(2, 2), weight_decay=0.1)
     optimizer = make_optimizer(groups, name=name, lr=0.4, **options)
-    return active_parts(settings, optimizer=optimizer, schedule=schedule, lr=0.4)
+    return active_parts(settings, module=module or nn.Linear(2, 2), optimizer=optimizer, schedule=schedule, lr=0.4)
 
 
 def test_parts_name_what_acts_in_fine_tuning_with_its_values():
     words = ["recipe=mae", "dropout=0.3", "held_out=0.1", "patience=3", "trainer.ema_decay=0.99", "train_amount=10%"]
-    parts = parts_of(
-        config_of("ckpt=x", *words, "trainer.clip_grad_norm=1", "schedule.warmup_epochs=5"), "adamw", betas=[0.9, 0.95]
-    )
+    config = config_of("ckpt=x", *words, "trainer.clip_grad_norm=1", "schedule.warmup_epochs=5")
+    _, spec = build_backbone("ghostnet_100", image_size=(64, 64))
+    classifier, _ = make_classifier(spec, num_classes=2, dropout=config.dropout)
+    parts = parts_of(config, "adamw", module=classifier, betas=[0.9, 0.95])
     assert parts["optimizer"]["name"] == "adamw"
     assert parts["optimizer"]["betas"] == (0.9, 0.95)
     assert parts["optimizer"]["eps"] == 1e-8  # not set: what it has
