@@ -146,14 +146,42 @@ def test_the_command_prints_layers_sums_and_methods(capsys: pytest.CaptureFixtur
     same = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), num_classes=0)
     parameters = sum(parameter.numel() for parameter in same.parameters())
     assert next(line for line in lines if line.startswith("together")).split()[1] == f"{parameters:,}"
-    assert "method=simclr: yes, at 224 pixels" in lines
+    assert "method=simclr: yes, at 96 pixels" in lines
     assert any(line.startswith("method=mae: no: method=mae needs a backbone") for line in lines)
 
 
 def test_methods_take_what_they_can_at_the_size_at_which_they_can() -> None:
     of_inception, of_vit = accepted(find("inception_v3")), accepted(find("vit_micro"))
-    assert (of_inception["simclr"], of_inception["relative_location"]) == (224, 288)
-    assert (of_vit["mae"], of_vit["relative_location"]) == (224, 224)
+    assert (of_inception["simclr"].side, of_inception["relative_location"].side) == (224, 288)
+    assert (of_vit["mae"].side, of_vit["relative_location"].side) == (224, 224)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "convnext_t"])
+def test_mae_takes_maps_of_tokens_in_place(name: str) -> None:
+    answers = accepted(find(name))
+    assert (answers["mae"].side, answers["mae"].in_place) == (224, True)
+    assert (answers["simmim"].side, answers["simmim"].in_place) == (224, False)
+
+
+def test_methods_are_asked_at_the_size_and_channels_given(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["vit_micro", "image_size=32", "in_chans=1", "depth=1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "method=simclr: yes, at 32 pixels" in lines
+    assert "method=mae: yes, at 32 pixels" in lines
+    answer = accepted(find("inception_v3"), side=96)["relative_location"]
+    assert answer.side == 288
+    assert answer.refusal
+
+
+@pytest.mark.parametrize("option", ["image_size=0", "in_chans=0"])
+def test_an_image_of_nothing_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is not taken"):
+        main(["resnet10", option])
+
+
+def test_help_tells_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "image_size=160 num_classes=1000 in_chans=1 depth=1" in capsys.readouterr().out
 
 
 def rows_of_the_page(heading: str) -> list[list[str]]:

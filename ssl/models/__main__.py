@@ -19,9 +19,10 @@ import torch
 
 from ssl.memory_plan import gib
 from ssl.models.layer_table import Layer, folded, layer_table
-from ssl.models.presets import SIDES, accepted, built, find, presets, row, source
+from ssl.models.presets import SIDES, Answer, accepted, built, find, presets, row, source
 from ssl.tables import Table, shown
 
+HELP = ("-h", "--help")
 OPTIONS = {"image_size": SIDES[0], "in_chans": 3, "num_classes": 0, "depth": 0}
 WIDTHS = {"model=": 19, "source": 11, "name there": 28, "what it is": 52}
 COLUMNS = ("layer", "kind", "output", "parameters", "multiply-adds", "forward", "backward", "sees")
@@ -31,6 +32,9 @@ def main(words: Sequence[str]) -> None:
     """The command line. Raises ValueError for what it does not take."""
     if not words:
         print_presets()
+        return
+    if any(word in HELP for word in words):
+        print(str(__doc__).rstrip())
         return
     print_layers(words[0], **_options(words[1:]))
 
@@ -47,8 +51,9 @@ def print_presets() -> None:
     sides = ", ".join(map(str, SIDES))
     print(
         f"\nCounted at {SIDES[0]} pixels. Below a method's name: the smallest of {sides} pixels at which it takes the\n"
-        "model; - where it takes it at none of them. The rest of each family: model=timm model.name=NAME, or\n"
-        "model=torchvision model.name=NAME.\nnext: python -m ssl.models resnet50"
+        "model, in place where SimMIM stands in for it; - where it takes it at none of them.\n"
+        "The rest of each family: model=timm model.name=NAME, or model=torchvision model.name=NAME.\n"
+        "next: python -m ssl.models resnet50"
     )
 
 
@@ -68,8 +73,16 @@ def print_layers(name: str, *, image_size: int, in_chans: int, num_classes: int,
     print(Table(COLUMNS, [*rows, [*_row(total)[:-1], ""]]).text())
     if not num_classes:
         print("A backbone has no last layer; num_classes=1000 puts one on, as papers count it.")
-    for method, found in sorted(accepted(settings).items()):
-        print(f"method={method}: {f'yes, at {found} pixels' if isinstance(found, int) else f'no: {found}'}")
+    answers = accepted(settings, side=image_size, in_chans=in_chans, at_first=None if num_classes else (backbone, spec))
+    for method, answer in sorted(answers.items()):
+        print(f"method={method}: {_told(answer, image_size)}")
+
+
+def _told(answer: Answer, image_size: int) -> str:
+    if answer.side is None:
+        return f"no: {answer.refusal}"
+    taken = f"yes, at {answer.side} pixels{', with tokens masked in place, as SimMIM' if answer.in_place else ''}"
+    return taken if answer.side == image_size else f"{taken}; at {image_size} no: {answer.refusal}"
 
 
 def _row(layer: Layer) -> list[str | int]:
@@ -83,8 +96,8 @@ def _options(words: Sequence[str]) -> dict[str, int]:
     given = dict(OPTIONS)
     for word in words:
         key, _, value = word.partition("=")
-        if key not in OPTIONS or not value.isdecimal():
-            raise ValueError(f"{word} is not taken; it may be {', '.join(f'{key}=NUMBER' for key in OPTIONS)}")
+        if key not in OPTIONS or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{word} is not taken; it may be {', '.join(f'{key}=NUMBER' for key in OPTIONS)}, from 1")
         given[key] = int(value)
     return given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,31 @@ import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl.config import CONF, build
+from ssl.config import CONF, locate
+from ssl.methods.base import build_method
 from ssl.models.backbones import BackboneSpec, build_backbone, model_name, pooled_features
 from ssl.models.families import family_file
-from ssl.models.torchvision_models import PREFIX, is_torchvision, model_names
+from ssl.models.torchvision_models import PREFIX, is_torchvision, model_names, takes_image_size
 from ssl.plan import count_parameters
 
 SIDES = (224, 256, 288, 320, 384)  # of the images that a method is tried with
 FIRST_LINE = re.compile(r"# (?P<title>.+?): .*?(?P<paper>\((?P<source>[^()]+)\))?[^()]*")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of a model: the side of the images at which it takes it, or why it does not."""
+
+    side: int | None
+    refusal: str = ""
+    """At the first size that was tried."""
+    in_place: bool = False
+    """The method that stands in for it masks tokens in their places, as it cannot drop them."""
+
+    @property
+    def cell(self) -> int | str | None:
+        """For a table."""
+        return f"{self.side} in place" if self.in_place else self.side
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def row(preset: Preset) -> dict[str, Any]:
         "source": source(preset.name),
         "name there": preset.name.removeprefix(PREFIX),
         **counted,
-        **{method: taken[method] if isinstance(taken[method], int) else None for method in sorted(taken)},
+        **{method: taken[method].cell for method in sorted(taken)},
         "what it is": preset.title,
         "paper": preset.paper or "",
     }
@@ -125,39 +142,48 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 def accepted(
-    settings: Mapping[str, Any], *, at_first: tuple[nn.Module, BackboneSpec] | None = None
-) -> dict[str, int | str]:
-    """For each method the smallest of SIDES at which it takes the model, or why it takes it at none.
+    settings: Mapping[str, Any],
+    *,
+    side: int = SIDES[0],
+    in_chans: int = 3,
+    at_first: tuple[nn.Module, BackboneSpec] | None = None,
+) -> dict[str, Answer]:
+    """What each method says of the model at images of `side` pixels, and if it refuses, at the others of SIDES.
 
-    Found by building both on the meta device; `at_first` is what `built` gave for SIDES[0].
+    Found by building both on the meta device; `at_first` is what `built` gave for `side` and `in_chans`. Raises
+    ValueError where the model itself does not fit images of `side` pixels.
     """
-    known = methods()
-    tried: dict[str, int | str] = dict.fromkeys(known, "")
-    backbone, spec = at_first or (None, None)
-    for side in SIDES:
-        missing = [name for name, found in tried.items() if isinstance(found, str)]
-        if not missing:
-            break
+    first = at_first or built(settings, side, in_chans=in_chans)
+    known = {side: first[0]}
+
+    def at(other: int) -> nn.Module:
+        if other not in known:
+            known[other] = built(settings, other, in_chans=in_chans)[0] if _depends_on_size(first[1]) else first[0]
+        return known[other]
+
+    sides = (side, *(other for other in SIDES if other != side))
+    return {name: _answer(method, sides, at, in_chans) for name, method in methods().items()}
+
+
+def _answer(
+    method: Mapping[str, Any], sides: Sequence[int], backbone_at: Callable[[int], nn.Module], in_chans: int
+) -> Answer:
+    """At the first of `sides` that is taken; the same refusal at two of them is taken for one at all."""
+    refusals: list[str] = []
+    for side in sides:
         try:
-            if spec is None or (side > SIDES[0] and _depends_on_size(spec)):
-                backbone, spec = built(settings, side)
+            with torch.device("meta"):
+                built_method = build_method(
+                    method, backbone=backbone_at(side), image_size=(side, side), in_chans=in_chans
+                )
         except ValueError as error:
-            tried.update({name: tried[name] or str(error) for name in missing})
-            continue
-        for name in missing:
-            reason = _refusal(known[name], backbone, side, spec.in_chans)
-            tried[name] = side if reason is None else tried[name] or reason
-    return tried
+            if str(error) in refusals:
+                break
+            refusals.append(str(error))
+        else:
+            return Answer(side, "".join(refusals[:1]), in_place=type(built_method) is not locate(method["_target_"]))
+    return Answer(None, refusals[0])
 
 
 def _depends_on_size(spec: BackboneSpec) -> bool:
-    return "img_size" in spec.model_args or is_torchvision(spec.architecture)
-
-
-def _refusal(method: Mapping[str, Any], backbone: nn.Module | None, side: int, in_chans: int) -> str | None:
-    try:
-        with torch.device("meta"):
-            build(method, backbone=backbone, image_size=(side, side), in_chans=in_chans)
-    except ValueError as error:
-        return str(error)
-    return None
+    return "img_size" in spec.model_args or spec.stem != "standard" or takes_image_size(spec.architecture)

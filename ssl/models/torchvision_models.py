@@ -45,6 +45,13 @@ def is_torchvision(architecture: str) -> bool:
     return architecture.startswith(PREFIX)
 
 
+def takes_image_size(architecture: str) -> bool:
+    """Whether it is a model of torchvision's that is built for one size of image."""
+    if not is_torchvision(architecture):
+        return False
+    return any(name in SIZE_ARGUMENTS for name in _constructor_parameters(architecture.removeprefix(PREFIX)))
+
+
 @dataclass(frozen=True)
 class Stage:
     """The last module whose output has a size: its name, its channels, and how many pixels a cell stands for."""
