@@ -400,6 +400,9 @@ def suggest(config: DictConfig, overrides: list[str]) -> str | None:
                 near = difflib.get_close_matches(part, keys, n=1)
                 where = ".".join(parts[:depth])
                 hint = f"did you mean {'.'.join([*parts[:depth], near[0]])}? " if near else ""
+                if not keys or where == "model.args":  # the library's own arguments, any of them
+                    had = f"{where} has {', '.join(keys) or 'none yet'}"
+                    return f"{key} is not set, and a new key needs a plus: {hint}{had}; write +{key}="
                 return f"{key} is not a setting: {hint}{where or 'the top level'} takes {', '.join(keys)}"
             if OmegaConf.is_missing(node, part):
                 break

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from ssl.config import suggest
 from ssl.models.backbones import build_backbone, pooled_features
 from ssl.models.classifier import make_classifier
+from tests.test_pretrain import composed
 
 DROPPING = [  # name, the library's own rate, its argument
     ("ghostnet_100", 0.2, "drop_rate"),
@@ -74,3 +78,14 @@ def test_the_rate_that_one_place_is_given_is_not_that_of_another():
     rates = {name.rpartition(".")[2]: part.p for name, part in model.named_modules() if isinstance(part, nn.Dropout)}
     assert rates["attn_drop"] == 0.25
     assert set(rates.values()) == {0.0, 0.25}
+
+
+@pytest.mark.parametrize(
+    ("model", "had"),
+    [(["model=torchvision", "model.name=alexnet"], "none yet"), (["model=vit_micro"], ".*embed_dim.*")],
+)
+def test_an_argument_without_its_plus_is_answered_with_how_to_write_it(model: list[str], had: str):
+    hint = suggest(composed("method=simclr", *model), ["model.args.dropout=0.5"])
+    assert hint is not None
+    assert re.search(rf"needs a plus: model.args has {had}; write \+model\.args\.dropout=$", hint)
+    assert composed("method=simclr", *model, "+model.args.dropout=0.5").model.args.dropout == 0.5

@@ -192,7 +192,7 @@ def turn_off_dropout(model: nn.Module, *, but: Collection[float] = ()) -> None:
         if isinstance(module, DROPOUTS) and module.p not in but:
             module.p = 0.0
         if isinstance(getattr(module, "drop_rate", None), float) and module.drop_rate not in but:
-            module.drop_rate = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+            module.drop_rate = 0.0  # pyright: ignore[reportArgumentType]
 
 
 def model_name(model: Mapping[str, Any]) -> str:
