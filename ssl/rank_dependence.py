@@ -39,6 +39,9 @@ def _joint_images(settings: TrainerConfig | DictConfig, world_size: int) -> int:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether it is one of torch's dropouts (`p`), or of timm's drop paths (`drop_prob`), that does something."""
-    chance = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", 0.0)
-    return isinstance(chance, float) and chance > 0
+    """Whether it is one of torch's dropouts (`p`), one of timm's drop paths (`drop_prob`), or a model that applies
+    dropout without a module (`drop_rate`), and does something.
+    """
+    names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("drop_prob", "drop_rate")
+    chances = [getattr(module, name, 0.0) for name in names]
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)

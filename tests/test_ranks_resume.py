@@ -142,5 +142,7 @@ def test_what_depends_on_ranks_is_told_apart():
     for dropping in (nn.Dropout(0.1), DropPath(0.1)):
         plain.backbone = nn.Sequential(nn.Linear(2, 2), dropping)
         assert "drop path" in found(plain)
+    plain.backbone = timm.create_model("ghostnet_100", num_classes=0)  # drops without a module
+    assert "drop path" in found(plain)
     plain.backbone, plain.depends_on_ranks = nn.Linear(2, 2), True
     assert "mixed" in found(plain)
