@@ -40,6 +40,7 @@ from ssl.trainer import choose_dtype
 
 MOST_LAYERS = 6
 LEAST_SIMILARITY_IMAGES = 10
+OWN = "these very images"
 
 
 @dataclass
@@ -69,6 +70,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if given is None:
         judged = replace(judged, name=judged.name.replace(variant(config), "", 1))
     subject, splits = judged.subject, judged.splits
+    pretraining, known = _pretraining(config, loaded, own=bool(judged.about["data"]["pretrained_on_it"]))
     train = limit(splits.train, config.sample, seed=config.seed)
     judged = replace(judged, splits=replace(splits, train=train))
     balance = balance_of(splits.train.labels, len(splits.classes))
@@ -86,13 +88,13 @@ def run(config: DictConfig) -> dict[str, Any]:
 
     # ---- how near the images are to those of pretraining -------------------------------------------------------------
     features = found[last].features  # (N, D)
-    own = bool(judged.about["data"]["pretrained_on_it"])
-    near, same, known = _similarity(config, loaded, judged, features, splits.train, own=own)
+    near, same, known = _similarity(config, judged, features, splits.train, pretraining, known)
     metrics = health(features)
     signs = signs_of_collapse(metrics, dimensions=features.shape[1])
 
     # ---- the advice --------------------------------------------------------------------------------------------------
     evidence = _evidence(scores, last, start_score, folds, balance, near, signs, in_pretraining=same)
+    evidence = replace(evidence, chance=float(labels.bincount().max()) / len(labels), dimensions=features.shape[1])
     advice = recommend(evidence)
     count, notes = _num_stages(loaded, subject.sets, evidence)
     commands = _commands(advice, config, loaded, evidence, count)
@@ -214,19 +216,33 @@ def _read(source: Source, subject: Subject, judged: Judged, config: DictConfig, 
         )[0]
 
 
-def _similarity(
-    config: DictConfig, loaded: LoadedBackbone, judged: Judged, features: Tensor, train: Source, *, own: bool
-) -> tuple[Similarity | None, bool, str]:
-    """(where the images lie, whether they are those of pretraining, what is known of the images of pretraining)."""
+def _pretraining(config: DictConfig, loaded: LoadedBackbone, *, own: bool) -> tuple[Source | None, str]:
+    """The images of pretraining where they are others than those asked about and there, and what is known of them.
+
+    Raises ValueError where `pretraining_root` is given and does not hold them.
+    """
     if own:
-        return None, True, "these very images"
+        return None, OWN
     try:
-        source, name = _pretraining_images(config, loaded)
+        return _pretraining_images(config, loaded)
     except (ValueError, OSError, ImportError) as error:
         first = str(error).splitlines()[0]
-        return None, False, f"not there: {first}; give pretraining_root= where they were moved"
+        if config.pretraining_root is not None:
+            raise ValueError(
+                f"pretraining_root={config.pretraining_root} does not hold the images of pretraining: {first}; give "
+                "the folder where they lie now, or leave it out, and the advice does without the distance from them"
+            ) from error
+        return None, f"not there: {first}; give pretraining_root= where they were moved"
+
+
+def _similarity(
+    config: DictConfig, judged: Judged, features: Tensor, train: Source, source: Source | None, name: str
+) -> tuple[Similarity | None, bool, str]:
+    """(where the images lie, whether they are those of pretraining, what is known of the images of pretraining)."""
+    if source is None:
+        return None, name == OWN, name
     if len(source) == len(train) and checksum(source) == checksum(train):
-        return None, True, f"{name}, these very images"
+        return None, True, f"{name}, {OWN}"
     few = limit(source, 2 * config.similarity_sample, seed=config.seed)
     seen = _read(few, judged.subject, judged, config, title="pretraining")
     random = _random_pixels(judged, config, num=config.similarity_sample)
@@ -286,6 +302,7 @@ def _evidence(
         best_earlier=None if earlier is None else difference(earlier, final, folds),
         earlier_layer=None if earlier is None else earlier.layer,
         signs_of_collapse=signs,
+        distance_images=0 if near is None else near.num_images,
     )
 
 

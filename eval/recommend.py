@@ -42,7 +42,8 @@ class Evidence:
 
     `last` is the held-out top-1 of the last layer with its error, `best_earlier` how much more the best earlier layer
     `earlier_layer` gets right than it, `gain` how much more the last layer gets right than that of the same backbone
-    untrained. `in_pretraining`: the images are the very ones of pretraining.
+    untrained. `in_pretraining`: the images are the very ones of pretraining. `chance` is the share of the largest class
+    in what was read, `dimensions` those of the last layer, `distance_images` what the distance was taken between.
     """
 
     images_per_class: float
@@ -56,6 +57,9 @@ class Evidence:
     best_earlier: Difference | None = None
     earlier_layer: str | None = None
     signs_of_collapse: list[str] = field(default_factory=list)
+    chance: float = 0.0
+    dimensions: int = 0
+    distance_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,15 @@ def _said_size(evidence: Evidence) -> str:
 
 def _place(evidence: Evidence) -> tuple[Distance, list[str]]:
     """How near the images are to those of pretraining for what is asked of them, and why."""
-    if evidence.signs_of_collapse:
-        return "far", [f"the last layer looks collapsed: {evidence.signs_of_collapse[0]}"]
-    if _stands_out(evidence.best_earlier):
-        best = evidence.best_earlier
-        return "far", [
-            f"layer {evidence.earlier_layer} serves better than the last one, by {_points(best)}: what lies behind it "
-            "is made for something else"
-        ]
+    spoilt = _spoilt(evidence)
+    if spoilt is not None:
+        return "far", [spoilt]
     if evidence.in_pretraining:
         return "near", ["the images are those of pretraining"]
     if evidence.distance is None:
         if _stands_out(evidence.gain):
             return "between", [f"pretraining helps: {_points(evidence.gain)} above the same backbone untrained"]
-        return "far", [f"pretraining is worth {_points(evidence.gain)} here, within the noise of nothing"]
+        return "far", [_no_gain(evidence.gain)]
     at = max(evidence.distance.value, 0.0)  # below: nearer than two halves, as where images are shared
     said = f"{at:.0%} of the way from the pretraining images to random pixels"
     if at < NEAR:
@@ -136,6 +135,35 @@ def _place(evidence: Evidence) -> tuple[Distance, list[str]]:
     if at < FAR:
         return "between", [f"neither near nor far: {said} (near: below {NEAR:.0%}, far: from {FAR:.0%})"]
     return "far", [f"far: {said} (far: from {FAR:.0%})"]
+
+
+def _spoilt(evidence: Evidence) -> str | None:
+    """Why the last layer is not made for the images, however near they are to those of pretraining."""
+    if evidence.signs_of_collapse:
+        return f"the last layer looks collapsed: {evidence.signs_of_collapse[0]}"
+    if _harmful(evidence):
+        return f"pretraining does harm: {_points(evidence.gain)} beside the same backbone untrained"
+    above = Difference(evidence.last.value - evidence.chance, evidence.last.error)
+    if not _stands_out(above):
+        return (
+            f"the last layer names {evidence.last.value:.1%} of held-out images right, which is no better than chance: "
+            f"the largest class has {evidence.chance:.1%}"
+        )
+    if _stands_out(evidence.best_earlier):
+        return (
+            f"layer {evidence.earlier_layer} serves better than the last one, by {_points(evidence.best_earlier)}: "
+            "what lies behind it is made for something else"
+        )
+    return None
+
+
+def _harmful(evidence: Evidence) -> bool:
+    """Whether the same backbone untrained gets more right, beyond noise."""
+    return _stands_out(Difference(-evidence.gain.value, evidence.gain.error))
+
+
+def _no_gain(gain: Difference) -> str:
+    return f"pretraining makes no difference here that counts: {_points(gain)} beside the same backbone untrained"
 
 
 def _neighbours(evidence: Evidence, where: Distance) -> list[tuple[Train, str]]:
@@ -149,8 +177,7 @@ def _neighbours(evidence: Evidence, where: Distance) -> list[tuple[Train, str]]:
         )
     ]
     distance = evidence.distance
-    measured = distance is not None and not (evidence.in_pretraining or evidence.signs_of_collapse)
-    if distance is not None and measured and not _stands_out(evidence.best_earlier):
+    if distance is not None and _placed_by_distance(evidence):
         for sign, text in ((1, "further away"), (-1, "nearer")):
             at = distance.value + sign * ERRORS * distance.error
             place: Distance = "near" if at < NEAR else ("between" if at < FAR else "far")
@@ -161,10 +188,19 @@ def _neighbours(evidence: Evidence, where: Distance) -> list[tuple[Train, str]]:
     return others
 
 
+def _placed_by_distance(evidence: Evidence) -> bool:
+    return evidence.distance is not None and not evidence.in_pretraining and _spoilt(evidence) is None
+
+
 def _doubts(evidence: Evidence, where: Distance) -> list[str]:
     doubts = []
     if evidence.distance is None and not evidence.in_pretraining:
         doubts.append("how near the images are to those of pretraining could not be measured")
+    if _placed_by_distance(evidence) and evidence.distance_images < evidence.dimensions:
+        doubts.append(
+            f"a Frechet distance between {evidence.distance_images:,} images in {evidence.dimensions:,} dimensions is "
+            f"biased: where there are more images, give similarity_sample={evidence.dimensions} or more"
+        )
     if where == "far" and _size(evidence.images_per_class) == "few":
         doubts += [
             "few images far from pretraining: too few to train much of the backbone",
@@ -181,9 +217,11 @@ def _doubts(evidence: Evidence, where: Distance) -> list[str]:
         doubts.append("a collapsed backbone is a poor start for any of the three: see python -m eval.health")
     near = evidence.in_pretraining or (evidence.distance is not None and evidence.distance.value < NEAR)
     if near and where == "far":
-        doubts.append("the images are near those of pretraining, and yet the last layer is not the best one")
-    if where != "far" and not _stands_out(evidence.gain):
-        doubts.append(f"pretraining is worth {_points(evidence.gain)} here, within the noise of nothing")
+        doubts.append("the images are near those of pretraining, and yet the last layer serves them badly")
+    if _harmful(evidence):
+        doubts.append("untrained weights may be the better start: python -m eval.finetune ckpt=random model=<preset>")
+    elif where != "far" and not _stands_out(evidence.gain):
+        doubts.append(_no_gain(evidence.gain))
     if _size(evidence.images_per_class) == "many" and evidence.train_top1 - evidence.last.value > 0.2:
         doubts.append(
             f"even a linear head knows {evidence.train_top1:.0%} of what it was trained on and "

@@ -182,6 +182,11 @@ BETWEEN = Difference(0.15, 0.01)
         ({"images_per_class": 20.0, "signs_of_collapse": ["flat"]}, "stages", "low"),
         ({"train_top1": 1.0, "last": Difference(0.6, 0.01)}, "all", "medium"),
         ({"smallest": 3}, "all", "medium"),
+        ({"images_per_class": 250.0, "gain": Difference(-0.05, 0.02)}, "all", "low"),
+        ({"images_per_class": 250.0, "gain": Difference(-0.05, 0.03)}, "stages", "medium"),
+        ({"images_per_class": 250.0, "last": Difference(0.105, 0.005), "chance": 0.1}, "all", "medium"),
+        ({"images_per_class": 20.0, "distance_images": 60, "dimensions": 64}, "head", "medium"),
+        ({"images_per_class": 20.0, "distance_images": 64, "dimensions": 64}, "head", "high"),
     ],
 )
 def test_what_to_train_follows_from_size_and_similarity(changed: dict[str, Any], train: str, confidence: str):
@@ -206,6 +211,20 @@ def test_an_earlier_layer_that_is_better_within_the_noise_is_a_doubt_and_not_a_r
     found = recommend(replace(SURE, images_per_class=20.0, best_earlier=Difference(0.03, 0.02)))
     assert (found.train, found.else_, found.confidence) == ("head", "stages", "medium")
     assert any("were layer 3 really better (+3.0 +- 2.0 points)" in each for each in found.doubts)
+
+
+def test_a_backbone_that_does_harm_is_said_to_even_on_its_own_images():
+    found = recommend(replace(SURE, distance=None, in_pretraining=True, gain=Difference(-0.05, 0.02)))
+    assert any("pretraining does harm: -5.0 +- 2.0 points" in each for each in found.reasons)
+    assert any("ckpt=random" in each for each in found.doubts)
+    assert not any("no difference" in each for each in found.reasons + found.doubts)
+
+
+def test_a_gain_within_the_noise_is_no_difference_whatever_its_sign():
+    for gain in (Difference(-0.01, 0.02), Difference(0.01, 0.02)):
+        found = recommend(replace(SURE, gain=gain))
+        assert any("makes no difference here that counts" in each for each in found.doubts)
+        assert not any("harm" in each for each in found.reasons + found.doubts)
 
 
 # ---- the stages ----------------------------------------------------------------------------------------------------
@@ -309,7 +328,12 @@ def advice_of(result: dict[str, Any]) -> tuple[str, str]:
     return advice["train"], advice["confidence"]
 
 
-def test_few_images_of_pretraining_ask_for_the_last_layer(capsys):
+def test_few_images_of_pretraining_ask_for_the_last_layer(capsys, monkeypatch):
+    def probed(name: str, features: torch.Tensor, labels: torch.Tensor, **settings: Any) -> LayerScore:
+        hit = torch.arange(len(labels)) % 10 < (7 if name == "last" else 2)  # as after training
+        return LayerScore(name, features.shape[1], hit.double().mean().item(), 0.8, 0.6, 0.1, hit)
+
+    monkeypatch.setattr(advise, "probe_layer", probed)
     run_dir = save_run(Path("runs/own"))
     result = call(f"ckpt={run_dir}", "data.limit=120")
     train, _ = advice_of(result)
@@ -322,6 +346,13 @@ def test_few_images_of_pretraining_ask_for_the_last_layer(capsys):
     assert "train the last layer" in said
     assert "because: the images are those of pretraining" in said
     assert f"next: python -m eval.linear_probe ckpt={run_dir} data.limit=120" in said
+
+
+def test_features_at_chance_on_few_images_of_pretraining_do_not_ask_for_the_last_layer():
+    result = call(f"ckpt={save_run(Path('runs/own'))}", "data.limit=120")  # untrained, 12 classes
+    assert result["metrics"]["held_out_top1"] < 0.12
+    assert advice_of(result) == ("stages", "low")
+    assert "no better than chance: the largest class has 8.3%" in " ".join(result["protocol"]["advice"]["reasons"])
 
 
 def test_many_images_that_the_features_do_not_fit_ask_for_everything_without_the_test_split_read():
@@ -357,6 +388,19 @@ def test_pretraining_images_that_are_gone_are_named_and_make_the_advice_less_sur
     assert "/nowhere/photos" in protocol["similarity"]["pretraining_images"]
     assert any("could not be measured" in each for each in protocol["advice"]["doubts"])
     assert protocol["advice"]["confidence"] != "high"
+
+
+def test_a_root_without_the_images_of_pretraining_is_an_error():
+    source = {"_target_": "ssl.data.folder.Folder", "root": "/nowhere/photos"}
+    data = {"name": "folder", "root": "/nowhere/photos", "source": source, "mean": [0.5] * 3, "std": [0.25] * 3}
+    run_dir = save_run(Path("runs/gone"), data=data)
+    with pytest.raises(ValueError, match="pretraining_root=/nope does not hold the images of pretraining"):
+        call(f"ckpt={run_dir}", "pretraining_root=/nope", "data=embedded", "data.source.num_train=60", "layers=[2]")
+
+
+def test_a_root_of_pretraining_has_no_effect_on_images_that_were_never_in_a_folder():
+    with pytest.raises(ValueError, match=r"pretraining_root=/nope .*is not read from a folder"):
+        call(f"ckpt={save_run(Path('runs/own'))}", "pretraining_root=/nope", *scrambled(60), "layers=[2]")
 
 
 def test_the_commands_of_an_advice_compose_and_freeze_what_they_say():
