@@ -16,10 +16,13 @@ from ssl.config import CONF
 from ssl.models.__main__ import main
 from ssl.models.backbones import build_backbone
 from ssl.models.layer_table import Layer, folded, layer_table
-from ssl.models.presets import accepted, find, presets, row
+from ssl.models.presets import accepted, built, find, presets, row
 from ssl.models.torchvision_models import model_names
 from ssl.tables import shown
 
+SLOW = ("densenet", "inception_", "nasnet", "vit_b", "vit_h", "vit_l", "vit_s", "vit_t", "resnet101", "ecaresnet")
+PARTS = [name for name in presets() if not name.startswith(SLOW)]  # vit_micro stands for all ViTs
+PARTS += ["torchvision/swin_t", "torchvision/vit_b_16", "beit_base_patch16_224", "coatnet_0_224"]
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "backbones.md").read_text()
 
 
@@ -108,7 +111,7 @@ def test_dilation_widens_the_field_and_the_largest_branch_counts() -> None:
     assert sizes["last"] == ((10, 10), (2, 2))
 
 
-def test_attention_sees_the_whole_image_and_patches_before_it_do_not() -> None:
+def test_no_field_is_told_behind_attention_and_that_of_patches_is_before_it() -> None:
     layers = table("vit_tiny_patch16_224", 224)
     embedding = layers["patch_embed.proj"].field
     assert embedding is not None
@@ -123,6 +126,8 @@ def test_folding_keeps_the_sums_and_the_model_is_left_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     layers = layer_table(backbone, image_size=(64, 64))
     rows = folded(layers, 1)
+    by_name = {each.name: each for each in rows}
+    assert by_name["layer4"].shape == (8, 8, 8)
     stages = [f"layer{number}" for number in (1, 2, 3, 4)]
     assert [each.name for each in rows] == ["conv1", "bn1", "act1", *stages, "global_pool"]
     for share in ("parameters", "multiply_adds", "made", "kept"):
@@ -130,6 +135,30 @@ def test_folding_keeps_the_sums_and_the_model_is_left_as_it_was() -> None:
     assert sum(each.parameters for each in rows) == sum(parameter.numel() for parameter in backbone.parameters())
     assert not any(module.training for module in backbone.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rows_together_have_the_parameters_of_the_model(name: str) -> None:
+    backbone, spec = built(find(name), 224)
+    layers = layer_table(backbone, image_size=spec.image_size)
+    assert sum(layer.parameters for layer in layers) == sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def test_counting_with_the_classifier_leaves_the_models_own_tensors() -> None:
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=3)
+    before = list(model.parameters())
+    layer_table(model, image_size=(32, 32), logits=True)
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
+    assert type(model(torch.zeros(2, 3, 32, 32))) is torch.Tensor
+
+
+def test_a_folded_row_has_the_output_of_its_module() -> None:
+    rows = {
+        each.name: each
+        for each in folded(layer_table(on_meta("swin_tiny_patch4_window7_224", 64), image_size=(64, 64)), 1)
+    }
+    assert rows["layers"].shape == (2, 2, 768)
+    assert rows["patch_embed"].shape == (16, 16, 96)
 
 
 def test_a_wrong_name_is_answered_by_the_nearest() -> None:

@@ -5,9 +5,9 @@
   python -m ssl.models torchvision/vgg16 image_size=160 num_classes=1000 in_chans=1 depth=1
 
 Activations are counted in bytes for one image in fp32, in training: `forward` is what the layer makes, `backward` what
-is kept from its forward pass for its backward pass. `sees` is the receptive field: the pixels, padding included, that a
-value of the output depends on; whole is the whole image, as attention and the layers behind the pooling see it.
-Squeeze-and-excitation does not count as seeing. depth=1 folds what lies deeper into one row.
+is kept from its forward pass for its backward pass. `sees` is the receptive field of convolutions: the pixels, padding
+included, that a value of the output depends on. It is empty behind attention, of windows or of the whole image, and
+behind the pooling. Squeeze-and-excitation does not count as seeing. depth=1 folds what lies deeper into one row.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def print_layers(name: str, *, image_size: int, in_chans: int, num_classes: int,
         with torch.device("meta"):
             backbone.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]
     layers = layer_table(backbone, image_size=spec.image_size, in_chans=in_chans, logits=num_classes > 0)
-    rows = [_row(layer) for layer in (folded(layers, depth) if depth else layers)]
+    rows = [_row(layer) for layer in folded(layers, depth)]
     total = Layer("together", "")
     for share in ("parameters", "multiply_adds", "made", "kept"):
         setattr(total, share, sum(getattr(layer, share) for layer in layers))
@@ -86,7 +86,7 @@ def _told(answer: Answer, image_size: int) -> str:
 
 
 def _row(layer: Layer) -> list[str | int]:
-    sees = "whole" if layer.field is None else " x ".join(map(str, layer.field.size))
+    sees = "" if layer.field is None else " x ".join(map(str, layer.field.size))
     shape = " x ".join(map(str, layer.shape))
     counts = [layer.parameters, round(layer.multiply_adds)]
     return [layer.name or "(model)", layer.kind, shape, *counts, gib(layer.made), gib(layer.kept), sees]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +34,21 @@ class Layer:
     kept: float = 0.0
     """Bytes of those, and of its inputs, that are kept for the backward pass; each counts where it is kept first."""
     field: Field | None = None
-    """What a value of the output sees of the image; None where that is everything."""
+    """What a value of the output sees of the image; None where attention decides, and where it is everything."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no share in anything, as a container of others."""
+        return not (self.parameters or self.multiply_adds or self.made or self.kept)
 
 
 def layer_table(
     model: nn.Module, *, image_size: tuple[int, int], in_chans: int = 3, logits: bool = False
 ) -> list[Layer]:
-    """A row for each module that does something, in the order in which they first run.
+    """A row for each module that runs, in the order in which they first do something.
+
+    The parameters of a module that is not called itself, as attention reads its weights, are with the nearest module
+    around it that is, so that all rows together have the model's.
 
     The model goes through its pooled features, or with `logits` through its classifier too, in training mode, on two
     images and on four: what grows with the batch counts. It is left as it was. Multiply-adds are those of
@@ -50,19 +58,41 @@ def layer_table(
     for name, layer in few.items():
         for share in ("multiply_adds", "made", "kept"):
             setattr(layer, share, (getattr(more[name], share) - getattr(layer, share)) / 2)
-    return [each for each in few.values() if each.parameters or each.multiply_adds or each.made or each.kept]
+    _place_parameters(model, few)
+    return list(few.values())
 
 
-def folded(layers: Iterable[Layer], depth: int) -> list[Layer]:
-    """The rows of modules inside a module of this depth as one row, whose shape and view are those of its last."""
+def _place_parameters(model: nn.Module, rows: dict[str, Layer]) -> None:
+    placed: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        own = set(module.parameters(recurse=False)) - placed
+        while own and name and name not in rows:
+            name = name.rpartition(".")[0]
+        if own:
+            row = rows.setdefault(name, Layer(name, type(model).__name__))  # a new row is the model's own
+            row.parameters += sum(parameter.numel() for parameter in own)
+            placed |= own
+
+
+def folded(layers: Iterable[Layer], depth: int = 0) -> list[Layer]:
+    """The rows that have a share; with `depth` those of modules inside a module of this depth as one, with its output.
+
+    A list of modules, which does not run as one, has its last module's output.
+    """
     rows: dict[str, Layer] = {}
+    whole: set[str] = set()
     for layer in layers:
-        name = ".".join(layer.name.split(".")[:depth])
-        row = rows.setdefault(name, Layer(name, layer.kind if name == layer.name else ""))
-        row.shape, row.field = layer.shape, layer.field
+        name = ".".join(layer.name.split(".")[:depth]) if depth else layer.name
+        row = rows.setdefault(name, Layer(name, ""))
+        if name == layer.name and layer.shape:
+            whole.add(name)
+        if name == layer.name:
+            row.kind = layer.kind
+        if name == layer.name or name not in whole:
+            row.shape, row.field = layer.shape or row.shape, layer.field
         for share in ("parameters", "multiply_adds", "made", "kept"):
             setattr(row, share, getattr(row, share) + getattr(layer, share))
-    return list(rows.values())
+    return [row for row in rows.values() if not row.is_empty]
 
 
 def _count(
@@ -80,21 +110,20 @@ def _count(
         counting = _Counting(model, image, {storage_of(tensor) for tensor in own.values()})
         for hook in counting.hooks():
             stack.callback(hook.remove)
-        run: Callable[[Tensor], Tensor] = model if logits else lambda x: pooled_features(model, x)
         with counting, torch.autograd.graph.saved_tensors_hooks(counting.keep, lambda tensor: tensor):
             torch.func.functional_call(
-                _Runs(model, run), {f"model.{name}": each for name, each in own.items()}, (image,)
+                _Runs(model, logits=logits), {f"model.{name}": each for name, each in own.items()}, (image,)
             )
     return counting.layers
 
 
 class _Runs(nn.Module):
-    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, *, logits: bool) -> None:
         super().__init__()
-        self.model, self.run = model, run
+        self.model, self.logits = model, logits
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
+        return self.model(x) if self.logits else pooled_features(self.model, x)
 
 
 class _Counting(TorchDispatchMode):
@@ -123,8 +152,7 @@ class _Counting(TorchDispatchMode):
     def _row(self, name: str, module: nn.Module | None = None) -> Layer:
         if name not in self.layers:
             module = module or self.model.get_submodule(name)
-            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            self.layers[name] = Layer(name, type(module).__name__, parameters=own)
+            self.layers[name] = Layer(name, type(module).__name__)
         return self.layers[name]
 
     def keep(self, tensor: Tensor) -> Tensor:
