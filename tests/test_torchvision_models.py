@@ -183,6 +183,26 @@ def test_only_the_last_layer_is_there_where_a_model_keeps_no_map() -> None:
         model.forward_intermediates(torch.empty(1, 3, 32, 32, device="meta"))
 
 
+@torch.no_grad()
+def test_swins_channels_last_maps_are_stages_with_channels_first() -> None:
+    model = create_torchvision("swin_t", num_classes=0).eval()
+    seen: list[Tensor] = []
+    for name in ("1.1", "3.1", "5.5"):
+        model.get_submodule(f"features.{name}").register_forward_hook(lambda _m, _i, output: seen.append(output))
+    final, maps = model.forward_intermediates(image(64))
+    shapes = [(2, 96, 16, 16), (2, 192, 8, 8), (2, 384, 4, 4), (2, 768, 2, 2)]
+    assert [each.shape for each in maps] == shapes
+    assert [(each["num_chs"], each["reduction"]) for each in model.feature_info] == [
+        (96, 4),
+        (192, 8),
+        (384, 16),
+        (768, 32),
+    ]
+    for given, read in zip(seen, maps):
+        torch.testing.assert_close(read, given.permute(0, 3, 1, 2))
+    torch.testing.assert_close(maps[-1], final)
+
+
 def test_no_random_number_is_spent_on_taking_a_model_apart() -> None:
     torch.manual_seed(0)
     create_torchvision("shufflenet_v2_x1_5", num_classes=0)  # taken apart here

@@ -61,6 +61,8 @@ class Stage:
     reduction: int
     num_layers: int
     """Modules with weights up to here."""
+    channels_last: bool
+    """Whether its output is (B, h, w, C), as in Swin's blocks."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class TorchvisionModel(nn.Module):
         if not self.feature_info:
             raise ValueError(f"{self.default_cfg['architecture']} has no stages of feature maps; take layers=last")
         final, maps = self.structure.intermediates(self, x)
+        stages = self.structure.stages
+        maps = [each.movedim(-1, 1) if stage.channels_last else each for stage, each in zip(stages, maps, strict=True)]
         chosen = maps if indices is None else [maps[index] for index in indices]
         return chosen if intermediates_only else (final, chosen)
 
@@ -271,7 +275,7 @@ def take_apart(name: str, args: tuple[tuple[str, Any], ...]) -> Structure:
     make, head_hidden_size = _kind_of(name, modules[str(classifier.target)])
     return Structure(
         features=_function(whole, nodes[0], cut),
-        intermediates=_function(whole, nodes[0], cut, also=stages),
+        intermediates=_function(whole, nodes[0], cut, also=list(stages)),
         head=_function(whole, cut, result),
         pooling=_function(whole, cut, result, without=classifier),
         order=tuple(str(node.target) for node in weighted),
@@ -283,11 +287,12 @@ def take_apart(name: str, args: tuple[tuple[str, Any], ...]) -> Structure:
         stages=tuple(
             Stage(
                 module=str(node.target),
-                num_chs=shapes.found[node][1],
-                reduction=2 ** round(math.log2(height / shapes.found[node][2])),
+                num_chs=found.num_chs,
+                reduction=2 ** round(math.log2(height / found.size[0])),
                 num_layers=sum(nodes.index(each) <= nodes.index(node) for each in weighted),
+                channels_last=found.channels_last,
             )
-            for node in stages
+            for node, found in stages.items()
         ),
     )
 
@@ -342,22 +347,40 @@ def _before_pooling(
     return cut
 
 
+@dataclass(frozen=True)
+class _Map:
+    num_chs: int
+    size: tuple[int, int]
+    channels_last: bool
+
+
+def _as_map(shape: Sequence[int], image_size: tuple[int, int]) -> _Map | None:
+    """A tensor's shape as that of a map with the image's proportions, channels first or last; None where it is none."""
+    if len(shape) != 4:
+        return None
+    for axis in (1, 3):
+        height, width = (shape[place] for place in (1, 2, 3) if place != axis)
+        if math.isclose(height / width, image_size[0] / image_size[1], rel_tol=0.05):
+            return _Map(shape[axis], (height, width), channels_last=axis == 3)
+    return None
+
+
 def _stages(
     nodes: Sequence[fx.Node], shapes: Mapping[fx.Node, torch.Size], cut: fx.Node, image_size: tuple[int, int]
-) -> list[fx.Node]:
+) -> dict[fx.Node, _Map]:
     """The last module before each halving of the map; none where what is pooled is no map."""
-    found: list[fx.Node] = []
+    found: dict[fx.Node, _Map] = {}
     for node in nodes:
-        shape = shapes.get(node, ())
-        if node.op != "call_module" or len(shape) != 4:
+        each = _as_map(shapes.get(node, ()), image_size)
+        if node.op != "call_module" or each is None:
             continue
-        if not math.isclose(shape[2] / shape[3], image_size[0] / image_size[1], rel_tol=0.05):
-            continue  # channels last
-        if found and shape[2] > shapes[found[-1]][2] / 1.5:  # unpadded convolutions take a little off, strides halve
-            found.pop()
-        found.append(node)
-    is_last = found and len(shapes[cut]) == 4 and shapes[found[-1]][2:] == shapes[cut][2:]
-    return found if is_last else []
+        last = next(reversed(found), None)
+        if last is not None and each.size[0] > found[last].size[0] / 1.5:  # unpadded layers take a little off
+            del found[last]
+        found[node] = each
+    pooled = _as_map(shapes[cut], image_size)
+    is_last = found and pooled is not None and list(found.values())[-1].size == pooled.size
+    return found if is_last else {}
 
 
 def _function(
