@@ -333,10 +333,13 @@ def _run_on_other_data(out: str, words: list[str], own: list[list[str]]) -> str:
     from ssl.pretrain import run
     from tests.test_pretrain import composed
 
+    stop, distributed.stop = distributed.stop, lambda: None  # the pool's ranks stay together for the next test
     try:
         run(composed(*words, *own[distributed.rank()]), out=Path(out))
     except ValueError as error:
         return str(error)
+    finally:
+        distributed.stop = stop
     return "trained"
 
 
