@@ -40,7 +40,7 @@ test: $(READY)
 	@$(PY) -m ruff format --check --quiet . || { echo "formatting differs: run make format" >&2; exit 1; }
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m pyright
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 # On the interpreter itself: Debian keeps the standard library's tests in the package libpython3-testsuite.
 test-name:
