@@ -290,7 +290,8 @@ def test_settings_that_cannot_work_are_refused() -> None:
     wide_tokens, _ = build_backbone("vit_tiny_patch16_224", image_size=(32, 32), patch_size=16, model_args=TINY_VIT)
     with pytest.raises(ValueError, match="too small for the backbone's tokens"):
         RelativeLocation(wide_tokens, image_size=(32, 32))
-    windows, _ = build_backbone("swin_tiny_patch4_window7_224", image_size=(224, 224))
+    strict = {"strict_img_size": True}
+    windows, _ = build_backbone("swin_tiny_patch4_window7_224", image_size=(224, 224), model_args=strict)
     with pytest.raises(ValueError, match=r"patches of 64x64 pixels, which SwinTransformer cannot take"):
         RelativeLocation(windows, image_size=(224, 224))
 
