@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import ssl.distributed as distributed
 
@@ -97,6 +98,30 @@ class StepGuard:
         self._state = torch.tensor(
             [float(number) for number in state], dtype=self._state.dtype, device=self._state.device
         )
+
+
+class RunningStatistics:
+    """A copy of what normalisation layers keep of all batches, so that a step can be taken back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
+
+    @torch.no_grad()
+    def put_back_where(self, bad: Tensor) -> None:
+        for live, kept in zip(self._live, self._kept, strict=True):
+            live.copy_(torch.where(bad, kept, live))
 
 
 def _accurate(device: torch.device) -> torch.dtype:

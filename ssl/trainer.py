@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import ssl.distributed as distributed
 from ssl.averaging import Average, running_statistics_kept, weights_of
-from ssl.guard import StepGuard
+from ssl.guard import RunningStatistics, StepGuard
 from ssl.methods.base import Batch, Method
 from ssl.online import StopRun
 from ssl.profiling import OUTSIDE, StepProfiler
@@ -92,7 +91,7 @@ class Trainer:
             self.optimizer.defaults.get("fused")
         )
         self.decides_on_device = self.device.type == "cuda" and fused and self.dtype != torch.float16
-        self._statistics = _RunningStatistics(self.method)
+        self._statistics = RunningStatistics(self.method)
         self._num_told = 0
         self._own_seconds = 0.0  # since the last logged step, in which this rank worked and waited for no other
         # The hosts of devices only start a forward pass, a cut one waits for the weights of the others, and a compiled
@@ -406,30 +405,6 @@ class _Clock:
 
     def restart(self) -> None:
         self.start, self.waited = time.perf_counter(), 0.0
-
-
-class _RunningStatistics:
-    """A copy of what normalisation layers keep of all batches, so that a step can be taken back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
-        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self._kept = [buffer.clone() for buffer in self._live]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
-
-    @torch.no_grad()
-    def put_back_where(self, bad: Tensor) -> None:
-        for live, kept in zip(self._live, self._kept, strict=True):
-            live.copy_(torch.where(bad, kept, live))
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:
