@@ -110,16 +110,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def keep(self) -> None:
+        """Copy them as they are before a step."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
     @torch.no_grad()
     def put_back(self) -> None:
+        """Make them what they were at the last `keep`."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
 
     @torch.no_grad()
     def put_back_where(self, bad: Tensor) -> None:
+        """The same where `bad`, a bool on the device, is true, without a wait for it."""
         for live, kept in zip(self._live, self._kept, strict=True):
             live.copy_(torch.where(bad, kept, live))
 
