@@ -1,0 +1,38 @@
+"""What `python -m eval.look` takes: what all looks share, and a group of settings for each look that has some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from eval.config import EvalDataConfig
+from ssl.config import Device, ModelConfig, Precision
+
+
+@dataclass
+class LookConfig:
+    """What `python -m eval.look` takes."""
+
+    ckpt: str | None = None  # a run folder, a checkpoint in it, an export, timm:<name>, a file, or `random`
+    what: Any = None  # a look, a list of them, or all
+    model: ModelConfig | None = None  # with ckpt=random, or a file of another project's weights
+    data: EvalDataConfig = MISSING
+    images: Any = None  # files to look at instead of some of the data's: a file, a folder, a glob, or a list of those
+    indices: list[int] | None = None  # images of `split` to look at
+    num_images: int = 8  # of a seeded sample of `split`, where neither images nor indices are given
+    split: str | None = None  # train or test; null: test where the data have one
+    sample: int = 2000  # images whose features are compared (neighbours, map, clusters, outliers)
+    head: str | None = None  # folder of a probed head; null: the checkpoint's own, where it has one
+    trust: list[str] = field(default_factory=list)  # packages whose methods a checkpoint may name, beside ssl.methods
+    seed: int = 0
+    device: Device = Device.auto
+    precision: Precision = Precision.fp32  # of features; gradients and maps are always of fp32
+    pooling: str = "model"  # as in the evaluations
+    batch_size: int = 64
+    threads: int | None = None  # null: the cores that this process may use
+    out: str | None = None  # folder; null: <run folder>/look
+
+
+SHARED = frozenset(LookConfig.__dataclass_fields__)
