@@ -16,15 +16,15 @@ from ssl.checkpoint_card import CARD, read_config, read_state, statistics, verif
 from ssl.data.augment import Augment
 from ssl.data.views import make_views
 from ssl.failed_step import FailedStep, read_failed_step
-from ssl.methods.base import Batch, Method, build_method
-from ssl.models.backbones import BackboneSpec, backbone_from_spec, is_token_model
+from ssl.method_file import described_method
+from ssl.methods.base import Batch, Method
+from ssl.models.backbones import BackboneSpec, is_token_model
 from ssl.not_finite import BadModule, FiniteWatch, find_at_fault, is_finite
 from ssl.randomness import step_seed
 from ssl.recipe import batch_arithmetic
 from ssl.tensor_files import load_strictly, load_tensors
 from ssl.trainer import Trainer, dtype_name, rows_of
 
-TRUSTED = ("ssl.methods.",)
 LARGEST = 5
 """Images named where every number is finite: those with the largest loss."""
 
@@ -67,35 +67,13 @@ def load(folder: Path, *, trust: Sequence[str] = ()) -> Step:
     state = read_state(folder)
     verify(folder, state)
     config = read_config(folder)
-    if not isinstance(config.get("method"), dict):
-        raise ValueError(f"{folder} is not of a pretraining run: its run.yaml names no method")
-    spec = BackboneSpec.from_dict(state["backbone"])
-    backbone = backbone_from_spec(spec, drop_path=float(config["model"].get("drop_path") or 0.0))
-    method = build_method(
-        config["method"],
-        within=_trusted(config["method"], trust),
-        backbone=backbone,
-        image_size=spec.image_size,
-        in_chans=spec.in_chans,
-    )
+    method = described_method(folder, state, config, trust=trust)
     tensors = {f"backbone.{name}": tensor for name, tensor in load_tensors(folder / "model.safetensors").items()}
     load_strictly(method, {**tensors, **load_tensors(folder / "method.safetensors")}, folder)
-    mean, std = statistics((state.get("mean"), state.get("std")), channels=spec.in_chans, where=folder / CARD)
+    channels = BackboneSpec.from_dict(state["backbone"]).in_chans
+    mean, std = statistics((state.get("mean"), state.get("std")), channels=channels, where=folder / CARD)
     augment = Augment(make_views(config["augment"]["views"]), mean=mean, std=std)
     return Step(folder, failed, method, augment, batch, state, config, mean, std)
-
-
-def _trusted(node: dict[str, Any], trust: Sequence[str]) -> str:
-    """The prefix of code that the method's config may name. Raises ValueError, saying how to trust one's own."""
-    target = str(node.get("_target_"))
-    prefixes = [*TRUSTED, *(f"{package.rstrip('.')}." for package in trust)]
-    for prefix in prefixes:
-        if target.startswith(prefix):
-            return prefix
-    raise ValueError(
-        f"the run's method is {target}, and a config that was read from a file may only name parts of "
-        f"{', '.join(prefixes)}; if that is your own code, add trust=[{target.split('.')[0]}]"
-    )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,3 @@ class LookConfig:
     batch_size: int = 64
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # folder; null: <run folder>/look
-
-
-SHARED = frozenset(LookConfig.__dataclass_fields__)

@@ -1,0 +1,150 @@
+"""The command that looks: `python -m eval.look ckpt=runs/<run> what=[neighbours,map]`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eval.command import same_subject
+from eval.config import register
+from eval.look.result import DoesNotApply, Look, write_look
+from eval.look.scene import Scene
+from eval.look.settings import LookConfig
+from eval.look.table import LOOKS, listing
+from eval.results import environment
+from eval.subject import checkpoint_identity
+from ssl.command import run_command
+from ssl.config import check, plain
+from ssl.sweep import Outcome
+from ssl.trainer import dtype_name
+
+USAGE = """eval.look needs ckpt= and what=:
+  python -m eval.look ckpt=runs/<run> what=neighbours
+  python -m eval.look ckpt=runs/<run> what=[views,map,clusters] num_images=12
+  python -m eval.look ckpt=runs/<run> what=occlusion images=photo.jpg
+  python -m eval.look ckpt=random model=resnet18 what=filters      an untrained backbone
+  python -m eval.look ckpt=runs/<run> what=all                     all that apply
+what= is one of these, or a list:
+"""
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Make the looks that `config.what` names and write them; returns their metrics and the folder.
+
+    With `what=all` those that do not apply are named and left out. Raises ValueError where one that was asked for does
+    not apply, and for settings of looks that were not.
+    """
+    names = wanted(config.what)
+    check_unused(config, names)
+    scene = Scene(config)
+    folder = _folder(config, scene)
+    metrics: dict[str, float] = {}
+    for name in names:
+        began = time.perf_counter()
+        try:
+            look = LOOKS[name].load()(scene)
+        except DoesNotApply as error:
+            if config.what != "all":
+                raise
+            print(f"{name}: left out: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - began
+        paths = write_look(look, folder, name, about=_about(config, scene, name, seconds))
+        metrics |= {f"{name}.{key}": value for key, value in look.metrics.items()}
+        _say(name, look, paths, seconds)
+    for note in dict.fromkeys(scene.notes):
+        print(f"note: {note}")
+    print(f"next: {_next(config, scene)}", flush=True)
+    return {"metrics": metrics, "path": str(folder)}
+
+
+def wanted(what: Any) -> list[str]:
+    """The names that `what=` gives, each once. Raises ValueError with the list of them for one that is none."""
+    given = plain(what)
+    if given == "all":
+        return list(LOOKS)
+    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
+    unknown = [name for name in names if name not in LOOKS]
+    if unknown or not names:
+        raise ValueError(f"what={given} is no look; it is all, or one or several of\n{listing()}")
+    return names
+
+
+def check_unused(config: DictConfig, names: Iterable[str]) -> None:
+    """Raise ValueError for a setting of a look that is not made."""
+    defaults = OmegaConf.structured(LookConfig)
+    for each in fields(LookConfig):
+        if each.name not in LOOKS or each.name in names or not is_dataclass(OmegaConf.get_type(config, each.name)):
+            continue
+        changed = [key for key, value in plain(config[each.name]).items() if value != plain(defaults[each.name])[key]]
+        if changed:
+            raise ValueError(
+                f"{each.name}.{changed[0]} has no effect without what={each.name}, which is not asked for; leave it out"
+            )
+
+
+def _folder(config: DictConfig, scene: Scene) -> Path:
+    if config.out:
+        return Path(config.out).expanduser()
+    if scene.run_dir is not None:
+        return scene.run_dir / "look"
+    return Path("runs") / f"random_{config.model.name}_{scene.data_name}" / f"seed{config.seed}" / "look"
+
+
+def _about(config: DictConfig, scene: Scene, name: str, seconds: float) -> dict[str, Any]:
+    """What the JSON says of how the look was made."""
+    own = {name: plain(config[name])} if name in config else {}
+    return {
+        "what": name,
+        "subject": scene.title,
+        "checkpoint": None if scene.loaded is None else checkpoint_identity(scene.loaded),
+        "backbone": scene.spec.to_dict(),
+        "settings": {
+            **own,
+            **{key: plain(config[key]) for key in ("num_images", "images", "indices", "sample", "pooling", "seed")},
+            "split": config.split,
+            "precision": dtype_name(scene.dtype),
+        },
+        "notes": list(dict.fromkeys(scene.notes)),
+        "seconds": round(seconds, 2),
+        "device": str(scene.device),
+        **environment(),
+    }
+
+
+def _say(name: str, look: Look, paths: list[Path], seconds: float) -> None:
+    print(f"{name}: {seconds:.1f} s")
+    for line in look.lines:
+        print(f"  {line}")
+    for path in paths:
+        print(f"written: {path}")
+    sys.stdout.flush()
+
+
+def _next(config: DictConfig, scene: Scene) -> str:
+    if scene.run_dir is not None and (scene.run_dir / "metrics.jsonl").exists():
+        return shlex.join(["python", "-m", "eval.report", str(scene.run_dir)])
+    other = "map" if config.what != "map" else "neighbours"
+    return f"python -m eval.look {same_subject(config)} what={other}"
+
+
+def main() -> None:
+    """The command line. Without `ckpt` or `what` it ends with exit code 2 and the list of looks."""
+    register(LookConfig)
+
+    def task(config: DictConfig) -> Outcome:
+        if config.ckpt is None or config.what is None:
+            print(USAGE + listing(), file=sys.stderr)
+            raise SystemExit(2)
+        check(config, LookConfig)
+        result = run(config)
+        return Outcome(result["metrics"], result["path"])
+
+    run_command(task, config_name="look")
