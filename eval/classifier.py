@@ -37,6 +37,8 @@ class Classifier:
     multi_label: bool = False
     title: str = ""
     """What it was made from, for messages."""
+    network: nn.Module | None = None
+    """The module that `model` runs, alone or before a probed head, for those who look at its layers."""
 
 
 def load_classifier(
@@ -113,6 +115,7 @@ def load_probed(
         channels=loaded.spec.in_chans,
         multi_label=head.multi_label,
         title=f"{folder} on {loaded.path}",
+        network=loaded.model,
     )
 
 
@@ -189,4 +192,4 @@ def _on(found: Classifier, device: torch.device, dtype: torch.dtype) -> Classifi
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(image).float()  # (B, C)
 
-    return replace(found, model=logits)
+    return replace(found, model=logits, network=model)
