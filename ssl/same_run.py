@@ -63,16 +63,12 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
     A setting that the run's version did not have yet counts as the default of `schema`.
     """
     before, now = flat(read_config(folder)), flat(plain(config))
-    defaults = _defaults(schema)
+    defaults = defaults_of(schema)
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
-    binding = {"trainer.steps"} if config.trainer.epochs is None else set()  # then it is the length
-    if config.get("patience") is not None:  # counted in evaluations
-        binding.add("trainer.eval_every_epochs")
-    free = tuple(key for key in FREE if key not in binding)
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+        if before.get(key) != now.get(key) and not is_free(key, now)
     ]
     if changed:
         raise ValueError(
@@ -82,7 +78,16 @@ def same_recipe(config: DictConfig, folder: Path, schema: type) -> None:
         )
 
 
-def _defaults(schema: type) -> dict[str, Any]:
+def is_free(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether the setting `key` of a run may change while it stays the same run; `config` is its flat config."""
+    if key == "trainer.steps" and config.get("trainer.epochs") is None:  # then it is the length
+        return False
+    if key == "trainer.eval_every_epochs" and config.get("patience") is not None:  # counted in evaluations
+        return False
+    return any(key == name or key.startswith(f"{name}.") for name in FREE)
+
+
+def defaults_of(schema: type) -> dict[str, Any]:
     """The defaults of a schema and of its groups, also of those that must be given, by dotted keys."""
     defaults = flat(plain(OmegaConf.structured(schema)))
     for name, kind in get_type_hints(schema).items():
