@@ -12,6 +12,34 @@ from ssl.config import Device, ModelConfig, Precision
 
 
 @dataclass
+class ViewsConfig:
+    """The views that the method trains on."""
+
+    epochs: int = 1  # how many epochs' views of each image
+    first_epoch: int = 0
+
+
+@dataclass
+class ReconstructionsConfig:
+    """What a masked image model makes of masked images."""
+
+    mask_ratios: list[float] | None = None  # shares that are hidden; null: 0.5, 0.75, 0.9 and the run's own
+    masks: int = 1  # different masks of each image
+    sample: int = 64  # images over which the error is measured, where the data choose them
+
+
+@dataclass
+class PretextConfig:
+    """Relative location's answers, and what a single patch gives away of where it comes from."""
+
+    sample: int = 400  # images
+    epoch: int = 0  # whose views and patches relative location is asked about
+    patches: int | None = None  # of each image, for the probes; null: 4, or the 9 of relative location
+    patch_size: int | None = None  # side in pixels of the image; null: half of it, or what relative location cuts
+    shift: int = 1  # pixels by which one colour channel is displaced
+
+
+@dataclass
 class LookConfig:
     """What `python -m eval.look` takes."""
 
@@ -33,3 +61,6 @@ class LookConfig:
     batch_size: int = 64
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # folder; null: <run folder>/look
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    reconstructions: ReconstructionsConfig = field(default_factory=ReconstructionsConfig)
+    pretext: PretextConfig = field(default_factory=PretextConfig)
