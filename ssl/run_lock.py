@@ -189,6 +189,22 @@ class RunLock:
         )
 
 
+def is_held(out: Path) -> bool:
+    """Whether a run is at work in a folder, as its lock tells without being taken; nothing is waited for.
+
+    A run of another machine counts for so long as its record is rewritten, by the date of the file.
+    """
+    record = _read(out / NAME)
+    if not record:
+        return False
+    if _is_here(record):
+        return _is_alive(record)
+    try:
+        return time.time() - (out / NAME).stat().st_mtime < 2 * SILENT_SECONDS
+    except OSError:
+        return False
+
+
 def _close_in_child() -> None:
     """A forked child shares the lock's file, and would keep the folder locked after its parent has died."""
     for lock in list(_held):
