@@ -1,4 +1,4 @@
-"""Scenes for the tests of looks: small runs of each method on the embedded images, and the config that looks at them."""
+"""Scenes for the tests of looks: small runs on the embedded images, and the config that looks at them."""
 
 from __future__ import annotations
 

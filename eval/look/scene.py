@@ -222,7 +222,8 @@ class Scene:
             )
         if self.config.data.image_size is not None:
             raise ValueError("data.image_size has no effect on a pretraining method's own heads; leave it out")
-        method = load_method(self.loaded.path, trust=list(self.config.trust))
+        with torch.random.fork_rng(devices=[]):
+            method = load_method(self.loaded.path, trust=list(self.config.trust))
         return self._still(method)  # pyright: ignore[reportReturnType]
 
     @cached_property
@@ -432,7 +433,9 @@ class Scene:
         if self.config.ckpt == "random":
             return None
         data = plain(self.config.data)
-        loaded = load_backbone(self.config.ckpt, model=plain(self.config.model), image_size=as_size(data["image_size"]))
+        size = as_size(data["image_size"])
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+            loaded = load_backbone(self.config.ckpt, model=plain(self.config.model), image_size=size)
         self.notes += loaded.notes
         return loaded
 

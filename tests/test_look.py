@@ -1,0 +1,258 @@
+"""`python -m eval.look`: what is looked at, what is refused, what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.head_file import save_head
+from eval.look import command
+from eval.look.drawing import captioned, colour, overlay
+from eval.look.result import DoesNotApply, Look, write_look
+from eval.look.scene import Scene
+from eval.look.table import LOOKS, Entry
+from ssl import checkpoint
+from ssl.pretrain import make_method
+from ssl.tensor_files import load_tensors
+from tests.run_folder import write_images
+from tests.scenes import EMBEDDED, SHORT, TINY_DECODER, TINY_RESNET, TINY_VIT, compose_config, look_config, pretrained
+from tests.scenes import scene as make_scene
+
+TILE = np.full((8, 8, 3), 200, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("mae") / "run", "mae", "trainer.ema_decay=0.5", "optim.base_lr=0.1")
+
+
+@pytest.fixture(scope="module")
+def simclr(tmp_path_factory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("simclr") / "run", "simclr")
+
+
+def tiny(scene: Scene) -> Look:
+    """A look of one number and one picture."""
+    return Look({"": TILE}, {"images": scene.shown().names}, metrics={"size": float(scene.image_size[0])})
+
+
+@pytest.fixture
+def tiny_look(monkeypatch) -> None:
+    """`what=tiny` as a look of its own."""
+    module = types.ModuleType("eval.look.tiny")
+    module.look = tiny  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "eval.look.tiny", module)
+    monkeypatch.setitem(LOOKS, "tiny", Entry("tiny", "one picture"))
+
+
+# ---- the scene -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mae", "simclr"])
+def test_the_untrained_backbone_is_the_one_that_the_run_started_from(method, request):
+    backbone = [*TINY_VIT, *TINY_DECODER] if method == "mae" else TINY_RESNET
+    config = compose_config("pretrain", [f"method={method}", *backbone, *EMBEDDED, *SHORT])
+    scene = make_scene(request.getfixturevalue(method))
+    torch.manual_seed(0)
+    start, _ = make_method(config, scene.image_size)
+    found = scene.untrained().state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in start.backbone.state_dict().items())
+
+
+def test_the_trained_backbone_is_another_than_the_untrained_one(simclr):
+    scene = make_scene(simclr)
+    before = dict(scene.untrained().named_parameters())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in scene.backbone.named_parameters())
+
+
+def test_the_method_has_the_averaged_weights_that_evaluations_judge(mae):
+    scene = make_scene(mae)
+    average = load_tensors(scene.loaded.path / "ema.safetensors")
+    last = load_tensors(scene.loaded.path / "model.safetensors")
+    found = scene.method().state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in average.items())
+    assert any(not torch.equal(tensor, found[f"backbone.{name}"]) for name, tensor in last.items())
+
+
+def test_the_methods_backbone_is_the_scenes_backbone(mae):
+    scene = make_scene(mae)
+    image = scene.shown().image
+    with torch.no_grad():
+        assert torch.equal(scene.method().backbone(image), scene.backbone(image))
+
+
+def test_features_are_those_of_the_backbone_on_the_shown_images(simclr):
+    scene = make_scene(simclr, "views", "split=test", "sample=24")
+    features = scene.features()
+    shown = make_scene(simclr, "views", "split=test", "indices=[3,20]").shown()
+    with torch.no_grad():
+        expected = scene.backbone(shown.image)  # (2, D)
+    place = [int(np.flatnonzero(features.index == index)[0]) for index in shown.index]
+    torch.testing.assert_close(features.features[place], expected, atol=1e-5, rtol=1e-4)
+    assert [features.names[each] for each in place] == shown.names
+    assert (features.labels[place] == shown.labels).all()
+
+
+def test_the_random_numbers_of_others_are_left_alone(simclr):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    scene = make_scene(simclr)
+    scene.untrained(), scene.features(), make_scene("random", "views", "model=resnet10").backbone
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_export_has_no_method_and_says_what_has(simclr, tmp_path):
+    folder = checkpoint.export(checkpoint.load_backbone(simclr), tmp_path / "export")
+    with pytest.raises(DoesNotApply, match="give the folder of the pretraining run"):
+        make_scene(folder, "views", "data=embedded").method()
+
+
+def test_a_head_of_other_weights_is_left_out_and_named(simclr, tmp_path):
+    run = Path(shutil.copytree(simclr, tmp_path / "run"))
+    loaded = checkpoint.load_backbone(run)
+    head = {"weight": torch.randn(3, 16), "bias": torch.zeros(3), "classes": ["a", "b", "c"], "features": {}}
+    head |= {"checkpoint": loaded.path, "image_size": loaded.spec.image_size}
+    save_head(run / "eval" / "linear_probe.head", sha256="0" * 64, **head)
+    scene = make_scene(run)
+    assert scene.classifier() is None
+    assert any("other weights" in note for note in scene.notes)
+    save_head(run / "eval" / "linear_probe.head", sha256=loaded.hash, **head)
+    scene = make_scene(run)
+    found, image = scene.classifier(), scene.shown().image
+    expected = scene.backbone(image) @ head["weight"].T
+    torch.testing.assert_close(found.model(image), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_images_without_a_test_split_are_looked_at_in_train(simclr, tmp_path):
+    write_images(tmp_path / "photos", "all", each=5)
+    scene = make_scene(simclr, "views", "data=folder", f"data.root={tmp_path / 'photos'}")
+    assert scene.split == "train"
+    assert len(scene.shown()) == 4
+
+
+def test_images_of_a_person_are_shown_in_their_order(simclr, tmp_path):
+    write_images(tmp_path, "a", "b", each=1)
+    shown = make_scene(simclr, "views", f"images=[{tmp_path}/b/0.png,{tmp_path}/a/0.png]").shown()
+    assert shown.names == [f"{tmp_path}/b/0.png", f"{tmp_path}/a/0.png"]
+    assert shown.truth(0) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["indices=[99]"], "must lie in 0..23"),
+        (["split=val"], "split must be one of train, test"),
+        (["num_images=0"], "num_images must be at least 1"),
+        (["indices=[1]", "images=a.png"], "give one"),
+    ],
+)
+def test_a_wrong_choice_of_images_is_refused_in_words(simclr, words, message):
+    with pytest.raises(ValueError, match=message):
+        make_scene(simclr, "views", *words).shown()
+
+
+def test_a_broken_image_of_a_person_is_named(simclr, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not really")
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        make_scene(simclr, "views", f"images={tmp_path}/broken.jpg").shown()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_a_look_is_written_beside_the_run_with_what_made_it(simclr, tmp_path, tiny_look, capsys):
+    run = Path(shutil.copytree(simclr, tmp_path / "run"))
+    result = command.run(look_config(run, "tiny"))
+    found = json.loads((run / "look" / "tiny.json").read_text())
+    assert result["metrics"] == {"tiny.size": 32.0}
+    assert found["files"] == ["tiny.png"]
+    assert found["checkpoint"]["step"] == 2
+    assert len(found["data"]["images"]) == 4
+    assert f"written: {run / 'look' / 'tiny.png'}" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_look_is_refused_with_the_list(simclr):
+    with pytest.raises(ValueError, match="occlusion"):
+        command.run(look_config(simclr, "oclusion"))
+
+
+def test_what_all_leaves_out_what_does_not_apply_and_says_so(simclr, tmp_path, tiny_look, monkeypatch, capsys):
+    def refuses(scene: Scene) -> Look:
+        raise DoesNotApply("nothing to show")
+
+    for name in set(LOOKS) - {"tiny", "views"}:
+        monkeypatch.delitem(LOOKS, name)
+    module = types.ModuleType("eval.look.views")
+    module.look = refuses  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "eval.look.views", module)
+    command.run(look_config(simclr, "all", f"out={tmp_path}"))
+    assert "views: left out: nothing to show" in capsys.readouterr().out
+    assert (tmp_path / "tiny.json").exists()
+    with pytest.raises(DoesNotApply):
+        command.run(look_config(simclr, "views", f"out={tmp_path}"))
+
+
+def test_a_setting_of_a_look_that_is_not_made_is_refused(simclr):
+    with pytest.raises(ValueError, match=r"occlusion\.window has no effect without what=occlusion"):
+        command.run(look_config(simclr, "filters", "occlusion.window=7"))
+
+
+# ---- files and drawings --------------------------------------------------------------------------------------------
+
+
+def test_files_of_an_earlier_look_do_not_stay_beside_the_new_ones(tmp_path):
+    (tmp_path / "map_of_mine.png").write_bytes(b"a person's")
+    write_look(Look({"pca": TILE, "tsne": TILE}, {}), tmp_path, "map", about={})
+    write_look(Look({"pca": TILE}, {}), tmp_path, "map", about={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.json", "map_of_mine.png", "map_pca.png"]
+
+
+def test_numbers_that_are_not_finite_are_null_and_numpys_are_plain(tmp_path):
+    data = {"score": float("nan"), "count": np.int64(3), "rows": np.eye(2), 4: [float("inf")]}
+    write_look(Look({}, data), tmp_path, "made", about={})
+    found = json.loads((tmp_path / "made.json").read_text())["data"]
+    assert found == {"score": None, "count": 3, "rows": [[1.0, 0.0], [0.0, 1.0]], "4": [None]}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="give another out="):
+        write_look(Look({}, {}), tmp_path / "file", "made", about={})
+
+
+def test_tiles_keep_their_pixels_and_captions_grow_the_picture():
+    tiles = [np.random.default_rng(number).integers(0, 255, (100, 120, 3), np.uint8) for number in range(2)]
+    plain = captioned([tiles])
+    told = captioned([tiles], captions=[["one", "a longer caption that needs several lines of text"]], title="two")
+    assert plain.shape[0] < told.shape[0]
+    for tile in tiles:
+        assert any(
+            (plain[y : y + 100, x : x + 120] == tile).all()
+            for y in range(plain.shape[0] - 99)
+            for x in range(plain.shape[1] - 119)
+        )
+
+
+def test_a_map_is_coloured_between_its_bounds_and_zero_is_white_between_signs():
+    ends = colour(np.array([[-1.0, 0.0, 1.0]]), symmetric=True)
+    assert ends[0, 1].min() > 240
+    assert ends[0, 0, 2] > ends[0, 0, 0]  # blue below 0
+    assert ends[0, 2, 0] > ends[0, 2, 2]  # red above
+    assert (colour(np.zeros((2, 2))) == colour(np.zeros((2, 2)))[0, 0]).all()
+
+
+def test_an_overlay_has_the_images_size_and_shows_its_heat_where_it_is():
+    heat = np.zeros((2, 2))
+    heat[0, 0] = 1
+    shown = overlay(np.zeros((32, 48, 3), np.uint8), heat, smooth=False)
+    assert shown.shape == (32, 48, 3)
+    assert (shown[:16, :24] == shown[0, 0]).all()
+    assert not (shown[20, 30] == shown[0, 0]).all()
