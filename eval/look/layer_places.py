@@ -94,9 +94,11 @@ def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.M
     Raises ValueError, naming the layers there are, for another.
     """
     if not places:
-        raise ValueError(f"{type(model).__name__} has no layer whose values have places on the image; take another model")
+        raise ValueError(
+            f"{type(model).__name__} has no layer whose values have places on the image; take another model"
+        )
     if layer is None:
-        return _last(places)
+        return _last(places, model)
     if layer in places:
         return places[layer]
     outer = [name for name in places if name.count(".") <= 1]
@@ -107,11 +109,15 @@ def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.M
     raise ValueError(f"{key}={layer} {reason}; allowed: {', '.join(outer)}{inner}")
 
 
-def _last(places: Mapping[str, Places]) -> Places:
+def _last(places: Mapping[str, Places], model: nn.Module) -> Places:
     every = list(places.values())
-    hidden = [each for each in every if each.is_tokens and each.field is None and each.kind in ACTIVATIONS]
-    spread = [each for each in every if each.grid_size != (1, 1)]
-    return (hidden or spread or every)[-1]
+    if every[-1].is_tokens:
+        hidden = [each for each in every if each.is_tokens and each.field is None and each.kind in ACTIVATIONS]
+        return (hidden or every)[-1]
+    stages = [str(stage["module"]) for stage in getattr(model, "feature_info", [])]
+    if stages and stages[-1] in places:
+        return places[stages[-1]]
+    return ([each for each in every if each.grid_size != (1, 1)] or every)[-1]
 
 
 def _as_map(row: Layer, image_size: tuple[int, int], *, nhwc: bool) -> Places | None:

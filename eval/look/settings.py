@@ -40,6 +40,44 @@ class PretextConfig:
 
 
 @dataclass
+class FiltersConfig:
+    """What `what=filters` takes."""
+
+    order: str = "norm"  # the greatest first; or index, as the layer has them
+    num: int = 64  # filters shown
+    num_components: int = 28  # principal components shown of a patch embedding, as in Dosovitskiy et al. 2020, Fig. 7
+
+
+@dataclass
+class ActivationsConfig:
+    """What `what=activations` takes."""
+
+    layer: str | None = None  # null: the last map, of a vision transformer the hidden units of the last block
+    units: list[int] | None = None  # null: num_units that choose= picks
+    choose: str = "variance"  # those that vary most; or random, a seeded draw of those alive
+    num_units: int = 8
+    num_patches: int = 8  # of each unit, each of another image
+
+
+@dataclass
+class AttentionConfig:
+    """What `what=attention` takes."""
+
+    layer: int | None = None  # block, from 0 or from the end -1; null: the last
+    query: str | None = None  # class: the class token's row; mean: all patches' rows; null: class where there is one
+    fusion: str = "mean"  # of heads, for the roll-out: mean, min or max
+    discard: float = 0.0  # share of each row's weights, the least ones, that the roll-out leaves out
+
+
+@dataclass
+class PcaTokensConfig:
+    """What `what=pca_tokens` takes."""
+
+    layer: int | None = None  # block or stage, from 0 or from the end -1; null: the last
+    foreground: str | None = None  # positive or negative: colour only tokens on that side of the first component
+
+
+@dataclass
 class LookConfig:
     """What `python -m eval.look` takes."""
 
@@ -64,3 +102,7 @@ class LookConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     reconstructions: ReconstructionsConfig = field(default_factory=ReconstructionsConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    pca_tokens: PcaTokensConfig = field(default_factory=PcaTokensConfig)

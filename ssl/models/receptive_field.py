@@ -28,17 +28,27 @@ ATTENTION = (
 class Field:
     """Rows and columns of the image that a value sees, and how many lie between two values next to each other.
 
-    Of several branches the largest counts; padding counts as image.
+    Of several branches all that they see together counts; padding counts as image.
     """
 
     size: tuple[int, int] = (1, 1)
     jump: tuple[int, int] = (1, 1)
+    start: tuple[int, int] = (0, 0)
+    """Where the field of the first value of a map begins, below 0 in the padding."""
 
-    def through(self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Field:
+    def through(
+        self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
+    ) -> Field:
         """Behind a window that slides over it."""
         size = tuple(s + (k - 1) * d * j for s, k, d, j in zip(self.size, kernel, dilation, self.jump, strict=True))
         jump = tuple(j * step for j, step in zip(self.jump, stride, strict=True))
-        return Field((size[0], size[1]), (jump[0], jump[1]))
+        start = tuple(s - p * j for s, p, j in zip(self.start, padding, self.jump, strict=True))
+        return Field((size[0], size[1]), (jump[0], jump[1]), (start[0], start[1]))
+
+    def box(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """What the value of this place sees: (top, left, height, width), which may reach beyond the image."""
+        top, left = (start + jump * place for start, jump, place in zip(self.start, self.jump, (row, column)))
+        return top, left, *self.size
 
 
 def after(
@@ -64,8 +74,12 @@ def after(
     if operation in POOLS:
         kernel = _pair(args[1])
         stride = _pair(args[2]) if len(args) > 2 and args[2] else kernel
+        padding = _pair(args[3]) if len(args) > 3 else (0, 0)
         dilated = operation is aten.max_pool2d_with_indices and len(args) > 4
-        return field.through(kernel, stride, _pair(args[4]) if dilated else (1, 1))
+        return field.through(kernel, stride, _pair(args[4]) if dilated else (1, 1), padding)
+    if operation is aten.constant_pad_nd and output.ndim == 4 and len(args[1]) == 4:
+        left, _, top, _ = args[1]
+        return field.through((1, 1), (1, 1), (1, 1), (top, left))
     if operation is aten._adaptive_avg_pool2d:
         return field if output.shape == inputs[0][0].shape else None
     if operation in MATRIX_PRODUCTS:  # each position by itself, unless there are none left
@@ -81,9 +95,10 @@ def _largest(output: Tensor, inputs: Sequence[tuple[Tensor, Field | None]]) -> F
     whole = any(each is None and tensor.numel() == widest for tensor, each in inputs)
     if whole or not fields:
         return None
-    size = tuple(max(each.size[axis] for each in fields) for axis in (0, 1))
     jump = tuple(max(each.jump[axis] for each in fields) for axis in (0, 1))
-    return Field((size[0], size[1]), (jump[0], jump[1]))
+    start = tuple(min(each.start[axis] for each in fields) for axis in (0, 1))
+    stop = tuple(max(each.start[axis] + each.size[axis] for each in fields) for axis in (0, 1))
+    return Field((stop[0] - start[0], stop[1] - start[1]), (jump[0], jump[1]), (start[0], start[1]))
 
 
 def _convolved(field: Field, args: Sequence[Any]) -> Field | None:
@@ -91,7 +106,7 @@ def _convolved(field: Field, args: Sequence[Any]) -> Field | None:
     kernel = tuple(args[1].shape[2:])
     if len(kernel) != 2 or args[6]:
         return None
-    return field.through(kernel, _pair(args[3]), _pair(args[5]))
+    return field.through(kernel, _pair(args[3]), _pair(args[5]), _pair(args[4]))
 
 
 def _over_channels(args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor) -> bool:
