@@ -78,6 +78,83 @@ class PcaTokensConfig:
 
 
 @dataclass
+class SaliencyConfig:
+    """Which pixels move the score, by its gradient."""
+
+    target: Any = "auto"  # predicted, label, a class, contrast, norm, feature_<number>; auto: predicted, else contrast
+    methods: list[str] = field(default_factory=lambda: ["gradient", "smoothgrad"])
+    noise_samples: int = 16  # noisy copies of an image for smoothgrad
+    noise: float = 0.15  # their standard deviation, as a share of the image's range
+    steps: int = 32  # of integrated_gradients, from the mean colour to the image
+
+
+@dataclass
+class GuidedBackpropConfig:
+    """The gradient with only positive parts let through."""
+
+    target: Any = "auto"  # as saliency's
+
+
+@dataclass
+class OcclusionConfig:
+    """How far the score falls where the image is covered."""
+
+    target: Any = "auto"  # as saliency's, and similarity; auto: predicted, else similarity
+    window: int | None = None  # side in pixels of what is covered; null: a sixth of the shorter side
+    stride: int | None = None  # pixels by which it moves; null: half of it
+
+
+@dataclass
+class GradcamConfig:
+    """Which places of a feature map raise the score."""
+
+    target: Any = "auto"  # as saliency's
+    layer: str | None = None  # a module's name; null: the last map that the score depends on in every place
+
+
+@dataclass
+class GradientAscentConfig:
+    """Images that are made to activate a unit."""
+
+    layer: str | None = None  # a module's name, features or logits; null: logits where there is a classifier
+    units: list[Any] | None = None  # numbers of channels, or names of classes; null: num_units of them, by the seed
+    num_units: int = 6
+    place: str = "mean"  # of a map: mean of all places, or centre
+    steps: int = 80
+    step_size: float = 0.1  # mean change of a value in a step, in standard deviations of the data
+    jitter: int | None = None  # pixels by which the image is moved in a step, at most; null: 1/16 of the shorter side
+    l2_decay: float = 0.005  # share of the image that is lost in a step
+    blur_every: int = 4  # steps; 0: never
+    blur_sigma: float = 0.5  # pixels
+    clip_norm: float = 0.0  # share of pixels, those of least norm, that are set to the mean colour in a step
+    clip_contribution: float = 0.0  # the same of those that contribute least to the activation
+
+
+@dataclass
+class DeepdreamConfig:
+    """More of what a layer sees in an image."""
+
+    layer: str | None = None  # a module's name; null: two thirds of the way through the network
+    octaves: int = 3  # sizes of the image, from small to full
+    octave_scale: float = 1.4
+    steps: int = 10  # for each octave
+    step_size: float = 0.04  # mean change of a value in a step, in standard deviations of the data
+    jitter: int | None = None  # pixels; null: 1/8 of the shorter side
+
+
+@dataclass
+class InversionConfig:
+    """Images made again from their features."""
+
+    layers: list[str] | None = None  # modules' names, and features; null: four depths and features
+    num_images: int = 2  # of those shown, the first
+    steps: int = 100
+    step_size: float = 0.1  # of Adam at the start, in standard deviations of the data
+    total_variation: float = 0.05  # weight of the mean squared difference of neighbouring pixels
+    alpha_norm: float = 0.001  # weight of the mean sixth power of values
+
+
+@dataclass
 class LookConfig:
     """What `python -m eval.look` takes."""
 
@@ -106,3 +183,10 @@ class LookConfig:
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     pca_tokens: PcaTokensConfig = field(default_factory=PcaTokensConfig)
+    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    guided_backprop: GuidedBackpropConfig = field(default_factory=GuidedBackpropConfig)
+    occlusion: OcclusionConfig = field(default_factory=OcclusionConfig)
+    gradcam: GradcamConfig = field(default_factory=GradcamConfig)
+    gradient_ascent: GradientAscentConfig = field(default_factory=GradientAscentConfig)
+    deepdream: DeepdreamConfig = field(default_factory=DeepdreamConfig)
+    inversion: InversionConfig = field(default_factory=InversionConfig)
