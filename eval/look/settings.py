@@ -155,6 +155,53 @@ class InversionConfig:
 
 
 @dataclass
+class NeighboursConfig:
+    """The nearest images of train."""
+
+    count: int = 8  # shown, and voted with, for each image
+
+
+@dataclass
+class MapConfig:
+    """Features in two dimensions."""
+
+    projections: list[str] = field(default_factory=lambda: ["pca", "tsne"])  # of pca, tsne, umap
+    perplexity: float | None = None  # of t-SNE; null: 30, or a third of the images where they are few
+    umap_neighbours: int = 15
+    thumbnail: int = 40  # pixels of each image on the page
+
+
+@dataclass
+class ClustersConfig:
+    """K-means, and labels that disagree with their surroundings."""
+
+    count: int | None = None  # clusters; null: as many as classes, 10 without labels
+    spherical: bool = True  # by cosine similarity; false: by distance
+    images: int = 6  # nearest to each centroid, and as many doubtful ones
+    neighbours: int = 20  # that vote on the label of each image
+    margin: float = 0.5  # by which another class must win the vote for a label to be suspected
+
+
+@dataclass
+class OutliersConfig:
+    """Images far from all others."""
+
+    neighbours: int = 10  # whose mean distance counts
+    threshold: float = 3.5  # robust z-score from which an image is called an outlier
+
+
+@dataclass
+class DuplicatesConfig:
+    """Near-identical images within and across splits."""
+
+    images: int | None = None  # of each split; null: all
+    neighbours: int = 5  # of each image that are compared with it pixel by pixel
+    similarity: float | None = None  # cosine from which they are; null: that of copies made of some images
+    correlation: float = 0.9  # of the aligned pictures, from which two images are called duplicates
+    flip: bool = True  # compare mirrored images too
+
+
+@dataclass
 class LookConfig:
     """What `python -m eval.look` takes."""
 
@@ -179,6 +226,11 @@ class LookConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     reconstructions: ReconstructionsConfig = field(default_factory=ReconstructionsConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
+    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
+    map: MapConfig = field(default_factory=MapConfig)
+    clusters: ClustersConfig = field(default_factory=ClustersConfig)
+    outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
