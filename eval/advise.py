@@ -51,7 +51,7 @@ class AdviseConfig(EvalConfig):
     sample: int = 5000
     similarity_sample: int = 1000
     pretraining_root: str | None = None
-    folds: int = 5
+    folds: int = 5  # of the cross-validated probe
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from ssl.config import Device, ModelConfig, Precision
 class EvalDataConfig:
     """A data yaml; null: as in the checkpoint."""
 
-    name: str = MISSING
-    root: str | None = MISSING
-    source: dict[str, Any] | None = None
-    limit: int | None = None
-    image_size: Any = None
-    channels: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    max_bad_fraction: float | None = None
-    in_memory_gib: float | None = None
+    name: str = MISSING  # a file of conf/data; checkpoint: what it was pretrained on
+    root: str | None = MISSING  # where it lies now
+    source: dict[str, Any] | None = None  # what reads the images: `_target_` and its arguments
+    limit: int | None = None  # use so many images of train
+    image_size: Any = None  # pixels, or [height, width]; null: the checkpoint's
+    channels: int | None = None  # of the images; others are converted
+    mean: list[float] | None = None  # per channel; a checkpoint brings its own
+    std: list[float] | None = None  # per channel; a checkpoint brings its own
+    max_bad_fraction: float | None = None  # of images that cannot be decoded, beyond which it ends
+    in_memory_gib: float | None = None  # sets that are smaller as uint8 are held in memory
 
 
 @dataclass
@@ -34,9 +34,11 @@ class EvalConfig:
     ckpt: str | None = None  # a run folder, a checkpoint in it, an export, timm:<name>, a file, `random` or `pixels`
     model: ModelConfig | None = None  # with ckpt=random, or a file of another project's weights
     data: EvalDataConfig = MISSING
-    seed: int = 0
-    device: Device = Device.auto
-    precision: Precision = Precision.auto
+    seed: int = 0  # of what is drawn: samples, held-out images, first weights
+    device: Device = Device.auto  # auto: the GPU where there is one
+    precision: Precision = (
+        Precision.auto
+    )  # of the backbone; auto: bf16 where the hardware computes in it, else fp16 on a GPU, fp32 on a CPU
     pooling: str = "model"  # what timm's classifier would read; token patches token_patches (ViT), grid (convnet)
     batch_size: int = 256  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use

@@ -64,14 +64,13 @@ with onnx=true for an ONNX file too, push=<user>/<name> to upload the folder"""
 class ExportConfig:
     """What `python -m eval.export` takes."""
 
-    ckpt: str | None = None
-    out: str | None = None
-    model: ModelConfig | None = None
-    data: EvalDataConfig = MISSING
+    ckpt: str | None = None  # a run folder, a checkpoint in it, timm:<name>, or a file
+    out: str | None = None  # folder that is written
+    model: ModelConfig | None = None  # what a file of another project's weights is of
+    data: EvalDataConfig = MISSING  # images that both ways of loading are compared on
     onnx: bool = False
     push: str | None = None
-    seed: int = 0
-    """Of the random images."""
+    seed: int = 0  # of the random images
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -50,16 +50,16 @@ from ssl.watchdog import group_timeout
 class FinetuneConfig(TrainingConfig):
     """What `python -m eval.finetune` takes."""
 
-    ckpt: str | None = None
+    ckpt: str | None = None  # a run folder, a checkpoint in it, an export, timm:<name>, a file, or `random`
     model: ModelConfig | None = None  # with ckpt=random
-    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)  # what it is trained and judged on
     train: Any = "all"  # all, head, or the number of last stages that are trained with it
     head: str | None = None  # folder of a probed head to start from, or `probe` for the run's own; null: small random
     head_std: float = 0.01  # of the classifier's random weights, where head= does not bring some
     pooling: str = "auto"  # of a vision transformer: token, avg; auto: the checkpoint's
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # rate of stochastic depth at the last block, growing from 0 at the first
     dropout: float = 0.0  # before the classifier
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of the target that all classes get
     mix: Any = MISSING  # how images and labels are mixed: a file in conf/mix
     train_amount: Any = None  # 1%, 10%, or a number of images per class; null: all
     held_out: float = 0.0  # share of each class of train that is watched and not trained on

@@ -37,7 +37,7 @@ class HealthConfig(EvalConfig):
     """What `python -m eval.health` takes."""
 
     augment: AugmentConfig | None = None  # LiDAR's views; null: those that the checkpoint was pretrained on
-    layers: Any = "last"
+    layers: Any = "last"  # last, or the number of a layer
     sample: int = 2048
     views: int = 10
     view_images: int | None = None

@@ -53,15 +53,17 @@ class Format(Enum):
 class PredictConfig:
     """What `python -m eval.predict` takes."""
 
-    ckpt: str | None = None
+    ckpt: str | None = None  # a fine-tuned run or its export, a run with a probed head, or a head's folder
     images: Any = None  # a file, a folder, a glob, or a list of those
     backbone: str | None = None  # where the backbone of a probed head lies now, if it was moved
     model: ModelConfig | None = None  # what a file of another project's weights is of
     top: int = 5  # classes named for each image, at most all
     format: Format = Format.table
     out: str | None = None  # file; null: printed
-    device: Device = Device.auto
-    precision: Precision = Precision.auto
+    device: Device = Device.auto  # auto: the GPU where there is one
+    precision: Precision = (
+        Precision.auto
+    )  # auto: bf16 where the hardware computes in it, else fp16 on a GPU, fp32 on a CPU
     batch_size: int = 64  # images that the model takes at once
     threads: int | None = None  # null: the cores that this process may use
 

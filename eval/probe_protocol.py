@@ -47,7 +47,7 @@ class HeadConfig:
     """The linear heads of a published protocol."""
 
     batchnorm: bool = False  # without affine, between the features and the linear layer
-    batchnorm_eps: float = 1e-5
+    batchnorm_eps: float = 1e-5  # of that BatchNorm
     init_std: float = 0.0  # of the linear layer's weights; its biases begin at 0
     lr: list[float] = field(default_factory=list)  # a head each, times optim.base_lr; empty: one head at optim.base_lr
 
@@ -56,7 +56,7 @@ class HeadConfig:
 class ProtocolConfig(EvalConfig):
     """What every evaluation takes, and what a file in conf/protocol sets."""
 
-    protocol: str = CACHED
+    protocol: str = CACHED  # cached: features are read once; else a published one, a file of conf/protocol
     layers: Any = "last"
     pooling: Any = "model"  # pyright: ignore[reportIncompatibleVariableOverride]
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -52,20 +52,20 @@ class SuiteConfig:
     single ones, such as `knn.k=[20,200]`.
     """
 
-    ckpt: Any = None
+    ckpt: Any = None  # one, or a list
     suite: Any = field(default_factory=lambda: ["knn", "linear_probe"])  # names, or mappings {name:knn,k:[200]}
     sets: Any = field(default_factory=lambda: ["checkpoint"])  # `data=` on the command line
     model: ModelConfig | None = None  # with ckpt=random
-    seed: int | None = None
-    device: Device | None = None
-    precision: Precision | None = None
-    batch_size: int | None = None
-    threads: int | None = None
+    seed: int | None = None  # of every evaluation; null: each one's own
+    device: Device | None = None  # of every evaluation
+    precision: Precision | None = None  # of every evaluation
+    batch_size: int | None = None  # of every evaluation
+    threads: int | None = None  # of every evaluation
     out: str | None = None  # folder of the tables and of all results; null: results beside their runs
-    knn: dict[str, Any] = field(default_factory=dict)
-    linear_probe: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
-    health: dict[str, Any] = field(default_factory=dict)
+    knn: dict[str, Any] = field(default_factory=dict)  # settings of eval.knn alone
+    linear_probe: dict[str, Any] = field(default_factory=dict)  # settings of eval.linear_probe alone
+    finetune: dict[str, Any] = field(default_factory=dict)  # settings of eval.finetune alone
+    health: dict[str, Any] = field(default_factory=dict)  # settings of eval.health alone
 
 
 @dataclass

@@ -93,46 +93,46 @@ class WandbMode(Enum):
 @dataclass
 class ModelConfig:
     library: Library = Library.timm  # whose model `name` is; ours are registered with timm
-    name: str = MISSING
-    patch_size: int | None = None
-    stem: Stem = Stem.auto
-    drop_path: float = 0.0
+    name: str = MISSING  # the library's own name, such as resnet18
+    patch_size: int | None = None  # pixels; null: the model's own from 128 pixels, at most 8 from 64, at most 4 below
+    stem: Stem = Stem.auto  # of ResNets; auto: small (3x3, no pooling) up to 64 pixels, else standard
+    drop_path: float = 0.0  # rate of stochastic depth at the last block, growing from 0 at the first
     init: Init | None = None  # of convolutions and linear layers; null: the library's own
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)  # more of the library's own arguments, by their names
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
+    name: str = MISSING  # in results and run folders
     root: str | None = MISSING  # of a set on disk; null for one that is made
-    source: dict[str, Any] = MISSING
-    limit: int | None = None
+    source: dict[str, Any] = MISSING  # what reads the images: `_target_` and its arguments
+    limit: int | None = None  # use so many images, seeded and balanced over the classes; null: all
     image_size: Any = None  # pixels, or [height, width]
-    channels: int = 3
-    mean: list[float] = MISSING
-    std: list[float] = MISSING
-    max_bad_fraction: float = 0.01
-    in_memory_gib: float = 4.0
+    channels: int = 3  # of the images; others are converted
+    mean: list[float] = MISSING  # per channel, of pixels in 0..1
+    std: list[float] = MISSING  # per channel, of pixels in 0..1
+    max_bad_fraction: float = 0.01  # of images that cannot be decoded, beyond which the run ends
+    in_memory_gib: float = 4.0  # sets that are smaller as uint8 are held in memory
 
 
 @dataclass
 class AugmentConfig:
-    views: list[Any] = MISSING
+    views: list[Any] = MISSING  # one entry for each view of an image
 
 
 @dataclass
 class OptimConfig:
-    name: str = MISSING
-    base_lr: float = MISSING
-    scaling: Scaling = Scaling.linear
-    weight_decay: float = 0.0
-    layer_decay: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = MISSING  # adamw adam sgd rmsprop lars lamb
+    base_lr: float = MISSING  # learning rate before `scaling`
+    scaling: Scaling = Scaling.linear  # linear: times the global batch / 256; sqrt: times its root; none
+    weight_decay: float = 0.0  # none on biases, norms and positions
+    layer_decay: float | None = None  # factor on the rate of each layer below the last; null: 1
+    options: dict[str, Any] = field(default_factory=dict)  # more of the optimizer's own, such as betas
 
 
 @dataclass
 class ScheduleConfig:
-    name: ScheduleName = ScheduleName.cosine
+    name: ScheduleName = ScheduleName.cosine  # how the rate falls after the warm-up
     warmup_epochs: float | None = None  # null: a tenth of the run
     min_factor: float = 0.0  # of the peak lr, where the cosines, polynomial and exponential end
     milestones: list[float] = field(default_factory=list)  # epochs, for `multi_step` and `step`
@@ -145,24 +145,26 @@ class ScheduleConfig:
 
 @dataclass
 class TrainerConfig:
-    epochs: float | None = 100
+    epochs: float | None = 100  # length; null: `steps` is
     steps: int | None = None  # cuts the run there; the schedule still spans `epochs`, unless that is null
-    global_batch_size: int = 256
+    global_batch_size: int = 256  # images per step, over all devices
     device_batch_size: int | None = None  # images that a device takes at once; null: its whole share
-    device: Device = Device.auto
+    device: Device = Device.auto  # auto: the GPU where there is one
     devices: int | None = None  # processes on this machine; null: one per GPU that torch sees
-    precision: Precision = Precision.auto
-    clip_grad_norm: float | None = None
+    precision: Precision = (
+        Precision.auto
+    )  # auto: bf16 where the hardware computes in it, else fp16 on a GPU, fp32 on a CPU
+    clip_grad_norm: float | None = None  # of all gradients together; null: none
     ema_decay: float | None = None  # exponential moving average of the weights, which evaluations then use
     swa_start_epoch: float | None = None  # from here on the plain mean of the weights (stochastic weight averaging)
-    swa_every_epochs: float = 1.0
+    swa_every_epochs: float = 1.0  # between two weights of that mean
     swa_lr_factor: float | None = None  # of the peak lr, constant from swa_start_epoch on; null: the schedule goes on
     eval_every_epochs: float | None = 10.0  # how often what `online` names is evaluated; null: never
-    sync_batchnorm: bool = True
-    compile: bool = False
-    log_every_steps: int = 10
-    checkpoint_every_steps: int = 500
-    keep_last: int = 2
+    sync_batchnorm: bool = True  # statistics of all ranks' images
+    compile: bool = False  # torch.compile
+    log_every_steps: int = 10  # a line in metrics.jsonl
+    checkpoint_every_steps: int = 500  # and one at the end
+    keep_last: int = 2  # newest checkpoints that stay
     keep_every_steps: int | None = None  # checkpoints at multiples of this are never removed
     profile_steps: int | None = None  # time so many steps, trace as many more: <run folder>/profile
     pictures: bool = True  # views and reconstructions, at each checkpoint
@@ -188,13 +190,13 @@ class LaunchConfig:
     mode: LaunchMode = LaunchMode.auto  # auto: one process per device, started here; none: this process alone
     max_restarts: int = 3  # after a process is lost, from the last checkpoint
     shutdown_seconds: int = 300  # that processes have to save and leave before they are killed
-    nodes: int = 1
+    nodes: int = 1  # machines
     devices: int | None = None  # processes per node; the groups give ${trainer.devices}
-    cpus_per_device: int | None = None
+    cpus_per_device: int | None = None  # processor cores
     memory_gib: float | None = None  # per node
     time: str | None = None  # wall-clock limit of one job, as 12h or 2d; the run goes on in the next
-    partition: str | None = None
-    account: str | None = None
+    partition: str | None = None  # of Slurm
+    account: str | None = None  # of Slurm
     container: str | None = None  # image
     setup: list[str] = field(default_factory=list)  # shell lines before the run
     name: str | None = None  # of the job
@@ -210,9 +212,9 @@ class LoaderConfig:
 @dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.auto  # auto: offline where no API key is configured
-    project: str = "ssl"
-    name: str | None = None
-    group: str | None = None
+    project: str = "ssl"  # on wandb
+    name: str | None = None  # of the run there; null: that of the run folder
+    group: str | None = None  # that wandb shows runs by
 
 
 @dataclass
@@ -227,7 +229,7 @@ class TrainingConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     online: dict[str, Any] = field(default_factory=dict)  # what is evaluated during the run, by name
-    seed: int = 0
+    seed: int = 0  # of everything: weights, order, views, masks, dropout
     out: str | None = None  # run folder; null: runs/<method>_<model>_<data>/seed<seed>
     accept_changes: bool = False  # continue a run although its recipe was changed
 
@@ -236,7 +238,7 @@ class TrainingConfig:
 class PretrainConfig(TrainingConfig):
     """What `python -m ssl.pretrain` takes."""
 
-    method: Any = MISSING
+    method: Any = MISSING  # `_target_` and its arguments
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     objective: str | None = None  # what a sweep is told: a metric's name, eval.knn, eval.linear_probe or eval.health
