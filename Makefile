@@ -19,22 +19,28 @@ unexport VIRTUAL_ENV UV_PROJECT_ENVIRONMENT
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := .venv/.ready-$(VERSION)
 
-.PHONY: help demo bench test test-name format setup lock clean
+.PHONY: help demo bench docs test test-name format setup lock clean
 help:
 	@echo "make demo       pretrain on the embedded images, score the backbone, draw a picture (minutes)"
 	@echo "make bench      every part beside the peers' way in one table, small sizes (minutes)"
+	@echo "make docs       the documentation as a site that opens from the disk: site/index.html"
 	@echo "make test       formatting, lint, types, tests"
 	@echo "make test-name  the standard library's own tests of its module ssl, against this package"
 	@echo "make format     format the code and mend what lint can mend"
 	@echo "make setup      make .venv and install what uv.lock pins (demo and test do this themselves)"
 	@echo "make lock       resolve pyproject.toml into uv.lock again"
-	@echo "make clean      remove .venv, .uv and caches; runs stay"
+	@echo "make clean      remove .venv, .uv, site and caches; runs stay"
 
 demo: $(READY)
 	@$(PY) -m eval.demo
 
 bench: $(READY)
 	@$(PY) -m benchmarks --quick
+
+# The variable ends a note of the theme's about a later MkDocs, which this project does not use.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "written: site/index.html"
 
 test: $(READY)
 	@$(PY) -m ruff format --check --quiet . || { echo "formatting differs: run make format" >&2; exit 1; }
@@ -70,5 +76,5 @@ lock: $(UV)
 	@$(UV) lock --no-config --default-index https://pypi.org/simple --python "$$(command -v $(PYTHON))"
 
 clean:
-	rm -rf .venv .uv .pytest_cache .ruff_cache
+	rm -rf .venv .uv .pytest_cache .ruff_cache site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

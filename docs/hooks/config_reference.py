@@ -53,10 +53,11 @@ def page() -> str:
     """The whole page, in Markdown."""
     parts = [
         "# Config keys",
-        "Every key is given on the command line as `key=value`. Types and defaults are those of the typed schemas, which "
-        "refuse a misspelt key or a wrong type before anything is done; `null` means none, or that it follows from something "
-        "else, as its meaning says. Keys of a group (`method=`, `model=`, `data=`...) are those of the file that was "
-        "chosen, listed [below](#groups). `python -m <command> --cfg job` prints what a command line comes to.",
+        "Every key is given on the command line as `key=value`. Types and defaults are those of the typed schemas, "
+        "which refuse a misspelt key or a wrong type before anything is done; `null` means none, or that it follows "
+        "from something else, as its meaning says. Keys of a group (`method=`, `model=`, `data=`...) are those of the "
+        "file that was chosen, listed [below](#groups). `python -m <command> --cfg job` prints what a command line "
+        "comes to.",
     ]
     parts += [command_section(primary) for primary in COMMANDS]
     parts += ["## Groups", "A group's name takes the name of one of its files: `optim=lars`."]

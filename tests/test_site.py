@@ -1,0 +1,97 @@
+"""The documentation site: it builds without a warning, every config key has a meaning, and nothing asks the network."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "docs" / "hooks"))
+    return importlib.import_module("config_reference")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(folder),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+    return folder
+
+
+def test_every_key_of_every_command_has_a_type_a_default_and_a_meaning(reference):
+    lacking = [
+        f"{primary}: {key.name}"
+        for primary in reference.COMMANDS
+        for key in reference.keys(primary)
+        if not (key.meaning and key.type and key.default)
+    ]
+    assert lacking == []
+
+
+def test_every_command_of_conf_is_on_the_page_of_keys(reference):
+    assert {path.stem for path in (ROOT / "conf").glob("*.yaml")} == set(reference.COMMANDS)
+
+
+def test_the_page_has_every_key_of_a_composed_config(reference):
+    listed = {key.name for key in reference.keys("pretrain")}
+    text = (ROOT / "conf" / "method" / "mae.yaml").read_text()
+    given = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "optim" / "adamw.yaml"))
+    assert isinstance(given, dict)
+    assert {f"optim.{key}" for key in given} <= listed
+    assert {"trainer.steps", "launch.max_restarts", "wandb.mode", "method", "data.source", "seed"} <= listed
+    assert "mask_ratio: 0.75" in text
+    assert "mask_ratio: 0.75" in reference.page()
+
+
+def test_a_default_on_the_page_is_that_of_the_yaml_where_it_sets_one(reference):
+    keys = {key.name: key for key in reference.keys("knn")}
+    given = OmegaConf.load(ROOT / "conf" / "knn.yaml")
+    assert keys["k"].default == f"`{OmegaConf.to_container(given)['k']}`"  # pyright: ignore
+
+
+def test_meanings_are_those_beside_the_fields(reference):
+    found = reference._comments_in(
+        "class A:\n    x: int = 1  # of x\n    y: int | None = (\n        None  # of y\n    )\n    z: int = 2\n"
+    )
+    assert found == {"x": "of x", "y": "of y", "z": ""}
+
+
+def test_the_pages_ask_no_other_machine_for_anything(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 10
+    loads = re.compile(
+        r"""<(?:script|img|iframe|link(?![^>]*rel="?canonical))[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>"""
+    )
+    found = {f"{page.name}: {tag[:100]}" for page in pages for tag in loads.findall(page.read_text())}
+    assert found == set()
+
+
+def test_every_page_of_the_navigation_is_built(site):
+    nav = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1])
+    assert nav
+    assert [name for name in nav if not (site / name).with_suffix(".html").exists()] == []
