@@ -148,6 +148,8 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "faiss": "faiss-gpu",
         "huggingface_hub": "huggingface-hub",
         "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
+        "umap": "umap-learn",
         "hydra_plugins": "hydra-submitit-launcher",  # and hydra-optuna-sweeper: one namespace
     }
     ours = {"ssl", "eval", *sys.stdlib_module_names}
