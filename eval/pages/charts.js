@@ -7,6 +7,9 @@
   const charts = [];
   let axis = null;  // chosen for all charts; null: each chart's first
 
+  // A curve keeps its colour where others come and go: `slot`, else its place.
+  const slot = (item, i) => item.slot === undefined ? i : item.slot;
+
   const layout = (chart) => {
     const text = colour("--text"), line = colour("--line"), narrow = chart.plot.clientWidth < 420;
     const one = (title) => ({
@@ -24,6 +27,7 @@
     made.yaxis.title = undefined;  // the caption says it
     if (chart.kind === "scatter") made.yaxis.title = { text: chart.data.y, standoff: 6 };
     if (chart.log) made.yaxis.type = "log";
+    if (chart.data.log_x) made.xaxis.type = "log";
     if (chart.data.percent) made.yaxis.tickformat = ".0%";
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
@@ -51,7 +55,10 @@
       type: "scatter", mode: series.y.length > 60 ? "lines" : "lines+markers", name: safe(series.name),
       x: series.x[chart.axis], y: series.y, visible: chart.shown[i], connectgaps: true,
       hovertemplate: `%{x:~r}: %{y:.4~g}<extra>${safe(series.name)}</extra>`,
-      line: { color: colour(`--c${i % 8}`), width: 1.8, dash: series.dash ? "dash" : DASHES[Math.floor(i / 8) % 5] },
+      line: {
+        color: colour(`--c${slot(series, i) % 8}`), width: 1.8,
+        dash: series.dash ? "dash" : DASHES[Math.floor(slot(series, i) / 8) % 5],
+      },
       marker: { size: 4 },
     }));
     for (const [kind, symbol, paint] of [["resume", "triangle-up", "--soft"], ["skipped", "x", "--bad"]]) {

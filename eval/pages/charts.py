@@ -117,8 +117,12 @@ def line_chart(
     )
 
 
-def scatter(id: str, groups: Sequence[Group], *, x: str, y: str, title: str, note: str = "") -> Markup:
-    """Points in the plane, a colour and a sign for each group; `x` and `y` are the axes' titles."""
+def scatter(
+    id: str, groups: Sequence[Group], *, x: str, y: str, title: str, note: str = "", log_x: bool = False
+) -> Markup:
+    """Points in the plane, a colour and a sign for each group; `x` and `y` are the axes' titles. Texts on the x axis
+    are categories.
+    """
     data = {
         "groups": [
             {"name": each.name, "x": np.asarray(each.x), "y": np.asarray(each.y), "text": list(each.texts)}
@@ -126,6 +130,7 @@ def scatter(id: str, groups: Sequence[Group], *, x: str, y: str, title: str, not
         ],
         "x": x,
         "y": y,
+        "log_x": log_x,
     }
     counts = ", ".join(f"{len(each.x):,} of {each.name}" for each in groups)
     return render(
