@@ -1,0 +1,315 @@
+"""What a backbone makes of one image: neighbours, class, where it looks, reconstruction; as JSON values."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from eval.app.maps import Maps
+from eval.app.uploads import Refused
+from eval.images import Images, find_images
+from eval.knn import TEMPERATURE, log_votes, log_weight
+from eval.look.masked import errors, reconstruct
+from eval.look.reconstructions import masked_method, with_gray
+from eval.look.result import DoesNotApply
+from eval.look.scene import SampleFeatures, Scene, Shown
+from eval.neighbours import nearest
+from eval.predict import Predictor
+from eval.rows import Rows
+from ssl.config import plain
+from ssl.data.decode import decode
+from ssl.data.reader import UNREADABLE
+from ssl.data.sources import UNLABELLED, Source
+from ssl.methods.base import Method
+from ssl.methods.mae import num_visible
+from ssl.pictures import to_uint8
+
+THUMBNAIL = 96  # pixels
+SAME = 1 - 1e-5
+"""Cosine similarity from which two images are called the same: what fp32 leaves of 1 in batches of other sizes."""
+VOTERS = 20  # neighbours, as in eval.knn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of the server's own that a page may name by their place: 0..len-1."""
+
+    source: Source
+    index: np.ndarray
+    """(N,) in the source."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def truth(self, place: int) -> str | None:
+        """The names of the classes of an image; None where nobody said."""
+        label = np.asarray(self.source.labels)[self.index[place]]
+        numbers = np.flatnonzero(label > 0).tolist() if np.ndim(label) else [] if label == UNLABELLED else [int(label)]
+        return ", ".join(class_name(self.source.classes, number) for number in numbers) or None
+
+    def name(self, place: int) -> str:
+        """The file with its folder, or the row of its table; not the path to it, which is nobody else's business."""
+        told = self.source.describe(int(self.index[place]))
+        return "/".join(told.replace("\\", "/").split("/")[-2:])
+
+
+class Inspector:
+    """A checkpoint with the features of a sample of its images, ready to look at one image after the other.
+
+    One thread at a time may call `look` and `reconstruct`, any number `thumbnail`. Raises ValueError where the
+    checkpoint and its images do not go together.
+    """
+
+    def __init__(self, scene: Scene, config: DictConfig) -> None:
+        check_settings(config)
+        if scene.channels not in (1, 3):
+            raise ValueError(
+                f"{scene.title} takes images of {scene.channels} channels, which no uploaded file has; "
+                "python -m eval.look shows it on the data's own"
+            )
+        self.scene, self.num_neighbours = scene, config.neighbours
+        self.bank: SampleFeatures = scene.features("train")
+        self.rows = Rows(self.bank.features, "cosine", scene.device)
+        self.groups = {"train": Group(scene.source("train"), self.bank.index), "examples": examples(scene)}
+        self.extract = scene.extract()
+        self.classifier = scene.classifier()
+        if config.k is not None and (self.classifier is not None or not self.votes):
+            why = "a trained head names the classes" if self.classifier is not None else "no image of train has a class"
+            raise ValueError(f"k={config.k} has no effect: {why}; leave it out")
+        self.k = config.k or VOTERS
+        self.top = config.top
+        self.predictor = None
+        if self.classifier is not None:
+            self.predictor = Predictor(self.classifier, device=scene.device, top=self.top, batch_size=1, threads=1)
+        self.maps = Maps(scene)
+        self.method: Method | None = None
+        with contextlib.suppress(DoesNotApply):
+            self.method = masked_method(scene)
+
+    @property
+    def votes(self) -> bool:
+        """Whether neighbours can vote on a class: each has one, or none."""
+        return self.bank.labels.ndim == 1 and bool((self.bank.labels != UNLABELLED).any())
+
+    def lines(self) -> list[str]:
+        """What the page will show, for the terminal."""
+        scene, bank = self.scene, self.groups["train"]
+        named = " ".join(each for each in (scene.method_name, scene.spec.architecture) if each)
+        if self.classifier is not None:
+            class_by = f"by {self.classifier.title}"
+        else:
+            class_by = f"by a vote of the {self.k} nearest" if self.votes else "none, as no image has a label"
+        return [
+            f"{named}, images of {scene.image_size[0]}x{scene.image_size[1]} pixels",
+            f"neighbours: among {len(bank):,} of {len(bank.source):,} images of {bank.source.name}",
+            f"class: {class_by}",
+            f"reconstruction: {'yes' if self.method is not None else 'none; method=mae and simmim have one'}",
+        ]
+
+    # ---- what the page asks ----------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """What is served, for the head of the page and its controls."""
+        scene = self.scene
+        height, width = scene.image_size
+        train = self.groups["train"]
+        return {
+            "title": scene.run_dir.name if scene.run_dir is not None else scene.title,
+            "method": scene.method_name,
+            "model": scene.spec.architecture,
+            "step": scene.step,
+            "size": f"{width} x {height}",
+            "bank": len(train),
+            "of": len(train.source),
+            "data": scene.data_name,
+            "examples": [
+                {
+                    "place": place,
+                    "name": self.groups["examples"].name(place),
+                    "truth": self.groups["examples"].truth(place),
+                }
+                for place in range(len(self.groups["examples"]))
+            ],
+            "reconstruction": self._ratios(),
+        }
+
+    def look(self, pixels: np.ndarray, *, known: tuple[str, int] | None = None) -> dict[str, Any]:
+        """All that is shown of an image (H, W, C) but its reconstruction; `known` is its group and place in it."""
+        shown = self.shown(pixels)
+        with torch.no_grad():
+            feature = self.extract(shown.image).float().cpu()  # (1, D)
+        if not torch.isfinite(feature).all():
+            raise Refused(422, "the backbone gives features that are not finite for this image; it has diverged")
+        closeness, place = self.nearest(feature, known)  # (k,), (k,)
+        return {
+            "seen": png_url(shown.pixels[0]),
+            "size": f"{pixels.shape[1]:,} x {pixels.shape[0]:,}",
+            "neighbours": [self._neighbour(*each) for each in list(zip(closeness, place))[: self.num_neighbours]],
+            "prediction": self._predicted(pixels, closeness[: self.k], place[: self.k]),
+            "maps": [{**each, "picture": png_url(each["picture"])} for each in self.maps(shown)],
+        }
+
+    def reconstruct(self, pixels: np.ndarray, *, mask_ratio: float, mask: int) -> dict[str, Any]:
+        """What is hidden of an image (H, W, C) and what the method makes of it; `mask` numbers the random masks."""
+        method = self.method
+        if method is None:
+            raise Refused(404, "this checkpoint does not reconstruct images; those of method=mae and simmim do")
+        num = method.num_noise
+        num_hidden = num - num_visible(num, mask_ratio) if 0 <= mask_ratio <= 1 else 0
+        if not 0 < num_hidden < num:
+            raise Refused(400, f"ratio must lie in {1 / num:.4g}..{1 - 1 / num:.4g}, got {mask_ratio:g}")
+        shown = self.shown(pixels)
+        noise = torch.rand(1, num, generator=torch.Generator().manual_seed(mask)).to(shown.image.device)
+        found = reconstruct(method, shown.image, noise, mask_ratio)
+        error = {name: value.item() for name, value in errors(method, found, self.scene.std).items()}
+        return {
+            "seen": png_url(with_gray(shown.pixels[0], found.hidden[0, 0].cpu().numpy())),
+            "made": png_url(to_uint8(found.pasted, self.scene.mean, self.scene.std)[0]),
+            "hidden": num_hidden,
+            "of": num,
+            "error": error["model"],
+            "flat_error": error.get("patch_mean", error["mean_colour"]),
+            "given_patch_mean": "patch_mean" in error,
+        }
+
+    def thumbnail(self, group: str, place: int) -> bytes:
+        """A small picture of one of the server's images, as PNG. Raises Refused for a place that there is not."""
+        chosen = self.group(group, place)
+        views = self.scene.views_of(chosen.source, chosen.index[place : place + 1], (THUMBNAIL, THUMBNAIL))
+        if not len(views.index):
+            raise Refused(404, "this image can no longer be read")
+        zeros, ones = [0.0] * self.scene.channels, [1.0] * self.scene.channels
+        return png(to_uint8(views.crops.float() / 255, zeros, ones)[0])
+
+    def own(self, group: str, place: int) -> np.ndarray:
+        """The pixels (H, W, C) of one of the server's images. Raises Refused for a place that there is not."""
+        chosen = self.group(group, place)
+        try:
+            data = chosen.source.read(int(chosen.index[place]))
+            return decode(data, self.scene.channels) if isinstance(data, bytes) else data
+        except UNREADABLE as error:
+            raise Refused(404, "this image can no longer be read") from error
+
+    def group(self, group: str, place: int) -> Group:
+        """The group of that name, which has a place of that number. Raises Refused where there is none."""
+        if group not in self.groups or not 0 <= place < len(self.groups[group]):
+            raise Refused(404, "there is no such image")
+        return self.groups[group]
+
+    # ---- its parts -------------------------------------------------------------------------------------------------
+
+    def shown(self, pixels: np.ndarray) -> Shown:
+        """An image (H, W, C) in its central view, as every evaluation sees it."""
+        image = self.scene.normalised(self.scene.views_of(Images([pixels], channels=self.scene.channels), np.arange(1)))
+        return Shown(
+            index=np.zeros(1, np.int64),
+            image=image,
+            pixels=to_uint8(image, self.scene.mean, self.scene.std),
+            labels=np.full(1, UNLABELLED),
+            names=["the image"],
+            classes=None,
+        )
+
+    def nearest(self, feature: Tensor, known: tuple[str, int] | None = None) -> tuple[list[float], list[int]]:
+        """Cosine similarity and place in the bank of the images nearest to a feature (1, D), itself left out."""
+        itself = self._place_in_bank(known)
+        count = max(self.num_neighbours, self.k) + (itself is not None)
+        found = nearest(self.rows, feature, count, index="auto")
+        pairs = zip(found.closeness[0].tolist(), found.place[0].tolist())
+        kept = [(closeness, place) for closeness, place in pairs if place != itself]
+        return [closeness for closeness, _ in kept], [place for _, place in kept]
+
+    def _place_in_bank(self, known: tuple[str, int] | None) -> int | None:
+        """Where one of the server's images stands in the bank; None for an image that does not."""
+        if known is None or known[0] == "train":
+            return None if known is None else known[1]
+        group, place = self.groups[known[0]], known[1]
+        if group.source is not self.groups["train"].source:
+            return None
+        where = np.flatnonzero(self.bank.index == group.index[place])
+        return int(where[0]) if len(where) else None
+
+    def _neighbour(self, closeness: float, place: int) -> dict[str, Any]:
+        train = self.groups["train"]
+        return {
+            "place": place,
+            "similarity": closeness,
+            "same": closeness >= SAME,
+            "name": train.name(place),
+            "truth": train.truth(place),
+        }
+
+    def _predicted(self, pixels: np.ndarray, closeness: Sequence[float], place: Sequence[int]) -> dict[str, Any] | None:
+        """The likeliest classes, by the head or else by a vote; None where there are no classes."""
+        if self.predictor is not None and self.classifier is not None:
+            (found,) = self.predictor(pixels)
+            rows = [{"class": name, "score": score} for name, score in zip(found.classes, found.scores)]
+            each = "a class is likely by itself" if self.classifier.multi_label else "they sum up to 1 over all classes"
+            return {"by": "head", "how": f"Probabilities of the trained classifier; {each}.", "classes": rows}
+        return self._voted(closeness, place) if self.votes else None
+
+    def _voted(self, closeness: Sequence[float], place: Sequence[int]) -> dict[str, Any] | None:
+        """The vote of `eval.knn` with its defaults, over those of the nearest images that have a label."""
+        label = torch.from_numpy(self.bank.labels[list(place)]).long()  # (k,)
+        has_label = label != UNLABELLED
+        if not has_label.any():
+            return None
+        weight = log_weight(torch.tensor(closeness), metric="cosine", vote="weighted", temperature=TEMPERATURE)
+        num_classes = int(self.bank.labels.max()) + 1
+        votes = log_votes(weight[has_label][None], label[has_label][None], num_classes)[0].softmax(0)  # (classes,)
+        share, best = votes.topk(min(self.top, int((votes > 0).sum())))
+        names = [class_name(self.groups["train"].source.classes, number) for number in best.tolist()]
+        how = (
+            f"No classifier was trained on this backbone: these are shares of the vote of the {int(has_label.sum())} "
+            f"nearest labelled images, each with the weight exp(similarity / {TEMPERATURE:g}), as in eval.knn. "
+            "They are no probabilities."
+        )
+        rows = [{"class": name, "score": score} for name, score in zip(names, share.tolist())]
+        return {"by": "vote", "how": how, "classes": rows}
+
+    def _ratios(self) -> dict[str, Any] | None:
+        """The mask ratios that leave a patch visible and one hidden, and the training's own."""
+        if self.method is None:
+            return None
+        num = self.method.num_noise
+        return {"least": 1 / num, "most": 1 - 1 / num, "own": getattr(self.method, "mask_ratio", None)}
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raise ValueError for numbers without meaning."""
+    for key in ("neighbours", "k", "top"):
+        if config[key] is not None and config[key] < 1:
+            raise ValueError(f"{key} must be at least 1, got {config[key]}")
+
+
+def examples(scene: Scene) -> Group:
+    """The images that the page offers: those that a person named, else some of the split that is looked at."""
+    named = scene.config.images is not None
+    source = find_images(plain(scene.config.images)) if named else scene.source(scene.split)
+    return Group(source, scene.shown().index)
+
+
+def class_name(classes: Sequence[str] | None, label: int) -> str:
+    return classes[label] if classes is not None and label < len(classes) else str(label)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An uint8 picture (h, w, 3) as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def png_url(pixels: np.ndarray) -> str:
+    """An uint8 picture (h, w, 3) as a data: URL."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
