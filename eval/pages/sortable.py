@@ -1,4 +1,4 @@
-"""A table that its reader sorts, filters, and chooses the columns of: HTML, and the script and style that it needs once.
+"""A table that its reader sorts and filters, and whose columns they choose: HTML, and the script and style it needs.
 
 Without the script it is a plain table.
 """
