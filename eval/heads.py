@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.accuracy import average_precision, rank_of_label
+from ssl.products import product
 
 MOMENTUM = 0.9
 MOVED_BYTES = 2**33  # features up to here are put on the GPU whole
@@ -33,7 +34,7 @@ class Heads:
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C, H)."""
-        return torch.addmm(self.bias, features, self.weight).unflatten(1, (self.num_classes, -1))
+        return product(features, self.weight.T, self.bias).unflatten(1, (self.num_classes, -1))
 
     def only(self, head: int) -> Heads:
         """One head of the grid."""
@@ -162,7 +163,7 @@ def train_heads(
         residual = residuals(heads.logits(x), wanted, multi_label=labels.ndim == 2)  # (B, C, H)
         residual = residual.flatten(1).div_(len(x))  # (B, C*H)
         factor = 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        weight_step.mul_(MOMENTUM).addmm_(x.T, residual).addcmul_(heads.weight, decay)  # (D, C*H)
+        weight_step.mul_(MOMENTUM).add_(product(x.T, residual.T)).addcmul_(heads.weight, decay)  # (D, C*H)
         bias_step.mul_(MOMENTUM).add_(residual.sum(0))
         heads.weight.addcmul_(weight_step, rate, value=-factor)
         heads.bias.addcmul_(bias_step, rate, value=-factor)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.heads import Heads, Standardizer, pieces, targets
+from ssl.products import product
 
 HISTORY = 10
 HALVINGS = 20
@@ -147,10 +148,10 @@ class _Images:
         gradient = torch.zeros_like(weight)
         of_logits = _binary if self.labels.ndim == 2 else _softmax
         for x, wanted in self.kept if self.kept is not None else self._pieces():
-            logits = (weight @ x.T).view(*point.shape[:2], -1)  # (C, M, B)
+            logits = product(weight, x).view(*point.shape[:2], -1)  # (C, M, B)
             norm, said = of_logits(logits)  # (M, B), (C, M, B)
             loss += (norm - (logits * wanted[:, None]).sum(0)).sum(1, dtype=torch.float64)
-            gradient.addmm_((said - wanted[:, None]).flatten(0, 1), x)
+            gradient += product((said - wanted[:, None]).flatten(0, 1), x.T)
         gradient = gradient.view_as(point).div_(self.num)
         gradient[:, :, :-1] += _each(decay) * point[:, :, :-1]
         squares = _dot(point[:, :, :-1], point[:, :, :-1]).double()  # (M,)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eval.largest import Largest
 from eval.rows import Rows
+from ssl.products import product
 
 INDEXES = ("auto", "faiss", "torch", "shortlist")
 SHORTLIST = 4  # candidates per neighbour that the bfloat16 scan keeps
@@ -96,7 +97,7 @@ def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -
                 at = slice(start, start + CHUNK)
                 largest = Largest(best[at], place[at])
                 for tile, stop in tiles(len(block), keep if first == 0 else 0):
-                    score = rounded[at] @ in_dtype[tile:stop].T  # (B, n)
+                    score = product(rounded[at], in_dtype[tile:stop])  # (B, n)
                     if half is not None:
                         score = score.float() - half[tile:stop]
                     largest.offer(score, first + tile)
