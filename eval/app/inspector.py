@@ -167,7 +167,7 @@ class Inspector:
         num = method.num_noise
         num_hidden = num - num_visible(num, mask_ratio) if 0 <= mask_ratio <= 1 else 0
         if not 0 < num_hidden < num:
-            raise Refused(400, f"ratio must lie in {1 / num:.4g}..{1 - 1 / num:.4g}, got {mask_ratio:g}")
+            raise Refused(400, f"ratio must hide at least one of the {num} patches and leave one, got {mask_ratio:g}")
         shown = self.shown(pixels)
         noise = torch.rand(1, num, generator=torch.Generator().manual_seed(mask)).to(shown.image.device)
         found = reconstruct(method, shown.image, noise, mask_ratio)

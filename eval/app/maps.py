@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from eval.look.attention import choose_query
+from eval.look.attention_maps import attention_maps, check_attention, rollout, seen_by
 from eval.look.attribution import CLIP
 from eval.look.drawing import enlarged, overlay
 from eval.look.gradcam import gradcam, last_map
-from eval.look.layer_places import Places, find_places
+from eval.look.layer_places import Places, find_places, token_grid
 from eval.look.result import DoesNotApply
 from eval.look.saliency import attribute
 from eval.look.scene import Scene, Shown
@@ -22,9 +24,10 @@ LEAST_SIDE = 224  # pixels of a map's picture
 
 
 class Maps:
-    """Grad-CAM and SmoothGrad of one image after the other.
+    """Attention where the network has it, Grad-CAM and SmoothGrad, of one image after the other.
 
-    They explain the predicted class where a head names one, else how far the features are from a blank image's.
+    The latter two explain the predicted class where a head names one, else how far the features are from a blank
+    image's.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -32,6 +35,11 @@ class Maps:
         self.wanted = "auto"
         self._layer: Places | None = None
         self._has_layer = True
+        self.has_attention = True
+        try:
+            check_attention(scene.backbone, scene.image_size)
+        except DoesNotApply:
+            self.has_attention = False
         try:
             head_of(scene)
         except ValueError as error:  # the head reads images of another size
@@ -42,7 +50,7 @@ class Maps:
         """Title, note and picture, uint8 (h, w, 3), of each map of the only image of `shown`."""
         target = make_target(self.scene, shown, self.wanted, setting="target", gradient=True)
         of = target.meaning + (f", {target.names[0]}" if target.names[0] else "")
-        found = []
+        found = self._attention(shown) if self.has_attention else []
         layer = self._find_layer(target, shown.image)
         if layer is not None:
             heat = gradcam(target.network, target.score, shown.image, layer)  # (1, h, w)
@@ -53,6 +61,28 @@ class Maps:
         note = f"Which pixels move the {of}: its gradient, mean over {NOISE_SAMPLES} noisy copies."
         found.append({"title": "SmoothGrad", "note": note, "picture": over(shown, heat, smooth=False)})
         return found
+
+    def _attention(self, shown: Shown) -> list[dict[str, Any]]:
+        """What the last layer's heads attend to on average, and the roll-out of all layers."""
+        model = self.scene.backbone
+        tokens = token_grid(model, self.scene.image_size)
+        assert tokens is not None  # check_attention
+        grid_size, prefix = tokens
+        query = choose_query(model, None)
+        maps = attention_maps(model, shown.image)  # (1, heads, T, T) each
+        given = {
+            "Attention": (maps[-1].mean(1), "last layer, mean of its heads"),
+            "Roll-out": (rollout(maps), "attention of all layers together"),
+        }
+        start = "From the class token to the patches" if query == "class" else "From all patches to each, on average"
+        return [
+            {
+                "title": title,
+                "note": f"{start}: {what}.",
+                "picture": over(shown, seen_by(each, prefix, query=query).unflatten(-1, grid_size), smooth=False),
+            }
+            for title, (each, what) in given.items()
+        ]
 
     def _find_layer(self, target: Target, image: Tensor) -> Places | None:
         """The network's last map on which the score depends, looked for once; None where it has none."""

@@ -72,7 +72,9 @@ def check_header(data: bytes, *, max_pixels: int) -> list[str]:
         raise _too_many_pixels(max_pixels) from error
     except Image.UnidentifiedImageError as error:
         raise Refused(
-            415, f"this is no {ACCEPTED} image, whatever its name says; export it as one of them and try again"
+            415,
+            f"this is no {ACCEPTED} image, whatever its name says, or the beginning of it is damaged; "
+            "export it as one of them and try again",
         ) from error
     except Refused:
         raise
@@ -98,11 +100,13 @@ def webp_size(data: bytes) -> tuple[int, int] | None:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise _too_many_pixels(max_pixels, f"{width:,} x {height:,} pixels are")
+        raise _too_many_pixels(max_pixels, f"{width:,} x {height:,} pixels, more than")
 
 
-def _too_many_pixels(max_pixels: int, given: str = "this image has") -> Refused:
-    return Refused(413, f"{given} more than the {max_pixels / 1e6:,.0f} million that are taken; make it smaller first")
+def _too_many_pixels(max_pixels: int, given: str = "more pixels than") -> Refused:
+    return Refused(
+        413, f"this image has {given} the {max_pixels / 1e6:g} million that are taken; make it smaller first"
+    )
 
 
 def _too_large(limit: int) -> Refused:
