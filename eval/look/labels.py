@@ -1,4 +1,4 @@
-"""Labels of the images that are looked at: who has one, what it is called, which of them agree. One or many per image."""
+"""Labels of the images that are looked at: which images have one, what it is called, which of them agree."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ LARGEST_TILE = 96
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The k images of a bank closest to each of M others, nearest first: similarity (M, k), place in the bank (M, k)."""
+    """The k images of a bank closest to each of M others, nearest first: similarity and place in the bank, (M, k)."""
 
     similarity: Tensor
     place: np.ndarray
@@ -154,7 +154,7 @@ def _picture(
             titles.append(name)
     title = f"Nearest images of train (a sample of {len(bank):,}) by cosine similarity"
     marked = any(same is not None for query in range(len(shown)) for same in _same(labels[query], bank.labels[:1]))
-    note = "\nBlue frame and =: the class of the image asked; orange frame and \u2260: another class" if marked else ""
+    note = "\nBlue frame and =: the class of the image asked; orange frame and \u00d7: another class" if marked else ""
     return captioned(rows, captions=captions, row_titles=titles, title=title + note)
 
 
@@ -181,8 +181,8 @@ def _same(label: np.ndarray, others: np.ndarray) -> list[bool | None]:
 
 
 def _caption(name: str | None, same: bool | None, similarity: float) -> str:
-    sign = "" if same is None else "= " if same else "\u2260 "
-    return f"{sign}{name or ''} {similarity:.2f}".strip()
+    sign = "" if same is None else "= " if same else "\u00d7 "
+    return f"{sign}{name or ''} {similarity:.3f}".strip()
 
 
 def _told(
