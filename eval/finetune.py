@@ -40,6 +40,7 @@ from ssl.models.classifier import freeze, pooling_name
 from ssl.online import Evaluation, StopRun
 from ssl.recipe import fit_batch
 from ssl.run_lock import RunLock
+from ssl.starts import note_command
 from ssl.sweep import Outcome
 from ssl.trainer import choose_dtype, dtype_name
 from ssl.training import Images, train
@@ -265,7 +266,7 @@ def default_folder(config: DictConfig, loaded: LoadedBackbone | None, data: str)
 
 def _settings(config: DictConfig) -> dict[str, Any]:
     """Everything that was set, but for where and how fast it ran."""
-    without = ("ckpt", "model", "data", "wandb", "out", "accept_changes", "loader", "online", "seed")
+    without = ("ckpt", "model", "data", "wandb", "out", "accept_changes", "loader", "online", "report", "seed")
     return {name: value for name, value in plain(config).items() if name not in without}
 
 
@@ -305,6 +306,7 @@ def main() -> None:
         if loaded is None and name == "checkpoint":
             name = "embedded"
         out = run_folder(default_folder(config, loaded, name), config.out)
+        note_command("eval.finetune", out)
         result = launch(config, run=lambda: run(config, out=out, loaded=loaded), command="eval.finetune", out=out)
         last = result["protocol"]["last_metrics"]
         held_out = last.get("held_out_top1", last.get("held_out_map"))

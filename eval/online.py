@@ -77,8 +77,8 @@ class OnlineKnn:
         if self._splits is None or self._samples is None:
             return {}
         try:
-            with _untouched(subject):
-                extract = _extract(subject, self.sets)
+            with untouched(subject):
+                extract = extractor(subject, self.sets)
                 train, test = (_read(sample, extract, self.batch_size) for sample in self._samples)
         except NotFiniteFeatures as error:
             subject.warn(f"step {subject.step}: no kNN accuracy, {error}")
@@ -103,8 +103,8 @@ class OnlineKnn:
             subject.warn(f"no kNN accuracy during this run: {error}")
             return
         view = [centre_view(subject.image_size)]
-        train = _sample(limit(splits.train, self.num_train, seed=self.seed), view, subject, self.seed)
-        test = _sample(limit(splits.test, self.num_test, seed=self.seed), view, subject, self.seed)
+        train = take_sample(limit(splits.train, self.num_train, seed=self.seed), view, subject, self.seed)
+        test = take_sample(limit(splits.test, self.num_test, seed=self.seed), view, subject, self.seed)
         self._splits, self._samples = replace(splits, train=train.loader.source, test=test.loader.source), (train, test)
 
 
@@ -149,8 +149,8 @@ class OnlineHealth:
             self._open(subject)
         assert self._central is not None
         try:
-            with _untouched(subject):
-                extract = _extract(subject, self.sets)
+            with untouched(subject):
+                extract = extractor(subject, self.sets)
                 features = _read(self._central, extract, self.batch_size).features[:, 0]  # (N, D)
                 in_views = [_read(each, extract, self.batch_size).features for each in self._in_views]  # (n, V, D)
         except NotFiniteFeatures as error:
@@ -190,14 +190,14 @@ class OnlineHealth:
     def _open(self, subject: OnlineSubject) -> None:
         source = limit(build(subject.data["source"], split="train"), subject.data.get("limit"), seed=subject.seed)
         few = limit(source, self.sample, seed=self.seed)
-        self._central = _sample(few, [centre_view(subject.image_size)], subject, self.seed)
+        self._central = take_sample(few, [centre_view(subject.image_size)], subject, self.seed)
         if self.views:
             few = limit(source, self.view_images, seed=self.seed)
-            self._in_views = [_sample(few, [USUAL_VIEW] * self.views, subject, self.seed)]
+            self._in_views = [take_sample(few, [USUAL_VIEW] * self.views, subject, self.seed)]
 
 
 @contextlib.contextmanager
-def _untouched(subject: OnlineSubject) -> Iterator[None]:
+def untouched(subject: OnlineSubject) -> Iterator[None]:
     """Without gradients; afterwards each module's mode and the random states are what they were."""
     modes = [(module, module.training) for module in subject.method.modules()]
     devices = [subject.device] if subject.device.type == "cuda" else []
@@ -209,12 +209,12 @@ def _untouched(subject: OnlineSubject) -> Iterator[None]:
             module.training = training
 
 
-def _extract(subject: OnlineSubject, sets: list[FeatureSet]) -> ExtractSets:
+def extractor(subject: OnlineSubject, sets: list[FeatureSet]) -> ExtractSets:
     sets = resolve_sets(subject.backbone, sets)
     return make_extract(subject.backbone, sets, device=subject.device, dtype=subject.dtype)
 
 
-def _sample(source: Source, views: list[View], subject: OnlineSubject, seed: int) -> Sample:
+def take_sample(source: Source, views: list[View], subject: OnlineSubject, seed: int) -> Sample:
     return Sample(
         source,
         views,

@@ -68,13 +68,13 @@ def verify(folder: Path, state: Mapping[str, Any]) -> None:
             raise ValueError(f"{folder} is damaged: {name} is not what was written ({path.stat().st_size:,} bytes now)")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, name: str = RUN) -> dict[str, Any]:
     """The config of the run that wrote a checkpoint, as plain values.
 
     Raises ValueError where it is no plain YAML mapping. It was resolved when it was written; an interpolation in it,
     such as ${oc.env:...}, would read this machine's environment, and is refused.
     """
-    path = folder / RUN
+    path = folder / name
     try:
         text = read_text(path, most=LARGEST_CONFIG)
         _check_yaml(text)

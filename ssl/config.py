@@ -229,6 +229,7 @@ class TrainingConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     online: dict[str, Any] = field(default_factory=dict)  # what is evaluated during the run, by name
+    report: dict[str, Any] = field(default_factory=dict)  # what writes the run's page at its checkpoints; none: empty
     seed: int = 0  # of everything: weights, order, views, masks, dropout
     out: str | None = None  # run folder; null: runs/<method>_<model>_<data>/seed<seed>
     accept_changes: bool = False  # continue a run although its recipe was changed

@@ -29,6 +29,7 @@ from ssl.models.initialize import initialize, same_weights
 from ssl.objective import check_objective, find_objective
 from ssl.run_lock import RunLock
 from ssl.run_plan import plan_run
+from ssl.starts import note_command
 from ssl.sweep import Outcome
 from ssl.trainer import choose_dtype
 from ssl.training import Images, train
@@ -127,6 +128,7 @@ def _task(config: DictConfig) -> Outcome:
     chosen = choices()
     default = Path("runs") / f"{chosen['method']}_{chosen['model']}_{chosen['data']}" / f"seed{config.seed}"
     out = run_folder(default, config.out)
+    note_command("ssl.pretrain", out)
     check(config, PretrainConfig)
     if config.trainer.plan:
         if distributed.is_main():

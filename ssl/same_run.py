@@ -43,6 +43,7 @@ FREE = (
     "trainer.activation_checkpointing",
     "trainer.plan",
     "online",
+    "report",
     "objective",
     "data.root",  # the images themselves are compared
     "data.source.root",

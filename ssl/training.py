@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 import ssl.checkpoint as checkpoint
 import ssl.distributed as distributed
 from ssl.activation_checkpointing import checkpoint_activations
 from ssl.averaging import StochasticWeightAverage, average_note, averaged_lr, make_average, renew_statistics
-from ssl.config import plain, wrong_types
+from ssl.config import build, plain, wrong_types
 from ssl.data.augment import Augment
 from ssl.data.loader import Loader
 from ssl.data.sources import Source, checksum
@@ -46,6 +47,7 @@ from ssl.recipe import (
     recipe_table,
 )
 from ssl.run_pictures import RunPictures, first_images
+from ssl.run_report import Report, Reporter
 from ssl.saving import Saver
 from ssl.schedules import make_schedule
 from ssl.sharding import Gathering, Tensors, rounded_note, shard
@@ -94,6 +96,7 @@ def train(
     together and for a run of another recipe in `out`, StopRun where an evaluation ended the run, now or before.
     """
     settings = config.trainer
+    report: Report | None = build(config.report) if config.report else None
     source, mean, std = images.source, images.mean, images.std
     deadline = deadline_of(settings.max_time)
 
@@ -249,8 +252,14 @@ def train(
     def on_evaluate(step: int) -> dict[str, float]:
         return evaluate_all(evaluations, subject(step), ended)
 
+    def averages_at(step: int) -> dict[str, Tensor] | None:
+        return average.tensors if average is not None and average.ready(step) else None
+
+    def train_seconds() -> float:
+        return past.seconds + time.perf_counter() - began
+
     def write(run_dir: Path, step: int) -> None:
-        averages = average.tensors if average is not None and average.ready(step) else None
+        averages = averages_at(step)
         with Gathering() as gathering:  # on every rank
             weights = gathering.of(method.state_dict())
             optimizer_tensors = gathering.of(state_to_tensors(optimizer))
@@ -279,7 +288,7 @@ def train(
                 "unlogged": trainer.unlogged.state(),
                 "bad_images": {str(index): why for index, why in sorted(loader.bad_list.counted.items())},
                 "metrics": latest,
-                "train_seconds": round(past.seconds + time.perf_counter() - began, 2),
+                "train_seconds": round(train_seconds(), 2),
                 "world_size": distributed.world_size(),
                 "evaluations": {n: e.state() for n, e in evaluations.items() if hasattr(e, "state")},  # pyright: ignore
                 "ended": ended[0] if ended else None,
@@ -290,6 +299,19 @@ def train(
         )
 
     pictures = RunPictures(tracker, method, augment, few, mean, std)
+    reporter = Reporter(
+        report,
+        out=out,
+        start_step=start_step,
+        stop_step=stop_step,
+        tracker=tracker,
+        method=method,
+        source=source,
+        subject=subject,
+        average=averages_at,
+        train_seconds=train_seconds,
+        images_per_second=lambda: latest.get("images_per_second"),
+    )
     saver = Saver(
         out,
         write,
@@ -309,6 +331,7 @@ def train(
         tracker.flush()  # the save may have made room
         if settings.pictures:
             pictures.show(step)
+        reporter.saved(step, final)
 
     def on_failed(step: int, why: str) -> str:
         folder = out / "failed" / "checkpoints" / checkpoint.folder_name(step - 1)
@@ -376,7 +399,7 @@ def train(
         if trainer.evaluate is not None and start_step == 0 and stop_step >= min(trainer.evaluate_every_steps, span):
             with watchdog.paused("evaluating"):
                 show_start(evaluations, subject(0))
-        with loader:
+        with loader, reporter:
             batches = loader.batches(
                 start_step=start_step,
                 stop_step=stop_step,

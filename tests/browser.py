@@ -32,7 +32,8 @@ class Visit:
         assert self.errors == []
         assert self.console == []
         strange = [url for url in self.requests if not url.startswith(own)]
-        assert own and strange == []
+        assert own, "name the addresses that the page may ask for"
+        assert strange == []
 
 
 class Browser:

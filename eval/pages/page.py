@@ -40,12 +40,12 @@ def page(
     title: str,
     sections: Sequence[Section],
     *,
-    lead: Markup = Markup(""),
+    lead: str = "",
     scripts: Sequence[str] = (),
     styles: Sequence[str] = (),
     charts: bool = True,
 ) -> str:
-    """A whole page: heading, `lead`, a list of its sections, the sections, and a switch between dark and light.
+    """A whole page: heading, `lead` (Markup), links to its sections, these, a switch of dark and light.
 
     `scripts` and `styles` are source text of ours that is added to the page's own; `charts` brings plotly (4.8 MB) and
     the code that draws what `eval.pages.charts` makes.

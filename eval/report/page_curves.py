@@ -1,0 +1,126 @@
+"""The page's curves: training, and the features on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+from markupsafe import Markup
+
+from eval.pages.charts import Mark, Series, line_chart, x_switch
+from eval.pages.page import render
+from eval.report.gather import RunFolder
+from eval.report.metrics import Curve, skips
+
+AXES = {"step": "step", "epoch": "epoch"}
+TRAINING = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "images_per_second": "Throughput, images per second",
+    "data_wait": "Share of time waiting for data",
+    "grad_norm": "Gradient norm, before clipping",
+}
+HEALTH = {
+    "knn_top1": "kNN top-1 accuracy",
+    "rankme": "RankMe: directions that the features use",
+    "alpha_req": "alpha-ReQ: decay of the features' spectrum",
+    "feature_std": "Standard deviation of normalised features",
+    "mean_cosine": "Mean cosine similarity of two images",
+    "dead_dimensions": "Share of dimensions that hardly differ",
+    "lidar": "LiDAR",
+}
+PERCENT = ("data_wait", "knn_top1", "dead_dimensions", "accuracy", "contrastive_top1", "mfu")
+NO_CHART = ("bad_images", "skipped_steps")
+
+
+def training(run: RunFolder) -> Markup:
+    """Loss, learning rate, throughput and whatever else was logged."""
+    history = run.history
+    if not history.num_rows:
+        return Markup("<p>No step has been logged yet: metrics.jsonl is missing or empty.</p>")
+    marks = _marks(run)
+    others = [n for n in history.curves if n not in TRAINING and n not in HEALTH and n not in NO_CHART]
+    titles = {name: title for name, title in TRAINING.items() if name in history.curves}
+    charts = [_chart(run, name, title, marks) for name, title in titles.items()]
+    charts += [_chart(run, name, name, marks) for name in sorted(others)]
+    missing = [title for name, title in TRAINING.items() if name not in history.curves]
+    skipped = history.latest.get("skipped_steps")
+    said = [
+        f"{len([mark for mark in marks if mark.kind == 'resume'])} resumes (dashed lines)",
+        "skipped steps were not counted in this run"
+        if skipped is None
+        else f"{skipped:,.0f} skipped steps" + (" (crosses)" if skipped else ""),
+        *([f"not logged: {', '.join(missing)}"] if missing else []),
+    ]
+    return render(
+        '{{ switch }}<p class="soft">{{ said }}</p>{% if note %}<p class="warning">{{ note }}</p>{% endif %}\n'
+        '<div class="charts">\n{% for chart in charts %}{{ chart }}{% endfor %}</div>',
+        switch=x_switch(_axes(run)),
+        said="; ".join(said) + ".",
+        note=history.describe(),
+        charts=charts,
+    )
+
+
+def features(run: RunFolder) -> Markup:
+    """Online kNN and the health of the features."""
+    marks = [mark for mark in _marks(run) if mark.kind == "resume"]
+    charts = [_chart(run, name, title, marks) for name, title in HEALTH.items() if name in run.history.curves]
+    if not charts:
+        return Markup(
+            "<p>Nothing was evaluated during this run. <code>online=knn</code> follows the kNN accuracy and the health "
+            "of the features, <code>online=health</code> the health alone; "
+            "<code>python -m eval.health ckpt=...</code> measures it afterwards.</p>"
+        )
+    return render(
+        '<p class="soft">Measured on a fixed sample every trainer.eval_every_epochs; docs/evaluation.md says how to '
+        'read each.</p><div class="charts">\n{% for chart in charts %}{{ chart }}{% endfor %}</div>',
+        charts=charts,
+    )
+
+
+def _chart(run: RunFolder, name: str, title: str, marks: list[Mark]) -> Markup:
+    curve = run.history.curves[name]
+    axes = _axes(run)
+    return line_chart(
+        f"chart-{_as_id(name)}",
+        [Series(title, curve.values, {key: _on_axis(curve, key) for key in axes})],
+        x=axes,
+        y=title,
+        marks=[Mark({key: mark.x[key] for key in axes}, mark.label, mark.kind) for mark in marks],
+        percent=name in PERCENT,
+        note=_thinned(curve),
+    )
+
+
+def _thinned(curve: Curve) -> str:
+    held = len(curve)
+    gone = f" {curve.num_missing:,} logged values were not finite." if curve.num_missing else ""
+    return (f"{curve.num_points:,} values were logged." if curve.num_points > held else "") + gone
+
+
+def _on_axis(curve: Curve, axis: str) -> np.ndarray:
+    return curve.steps if axis == "step" else curve.epochs
+
+
+def _axes(run: RunFolder) -> dict[str, str]:
+    """Step and epoch; the step alone where epochs were not logged."""
+    return dict(AXES) if run.steps_per_epoch else {"step": "step"}
+
+
+def _marks(run: RunFolder) -> list[Mark]:
+    """Where the run was continued, and where steps were skipped."""
+    per_epoch = run.steps_per_epoch or np.nan
+    resumed = [start for start in run.starts if 0 < start.step < run.step]
+    marks = [
+        Mark({"step": s.step, "epoch": s.step / per_epoch}, f"continued at step {s.step:,}, {s.date}") for s in resumed
+    ]
+    skipped = run.history.curves.get("skipped_steps")
+    if skipped is not None:
+        marks += [
+            Mark({"step": step, "epoch": epoch}, f"{count:,} skipped by step {step:,.0f}", "skipped")
+            for step, epoch, count in skips(skipped)
+        ]
+    return marks[:500]
+
+
+def _as_id(name: str) -> str:
+    return "".join(sign if sign.isalnum() and sign.isascii() else f"-{ord(sign):x}-" for sign in name)

@@ -1,0 +1,91 @@
+"""The page's pictures: of each kind the first and the newest that the run left, and how to make those that it lacks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from eval.pages.page import render
+from eval.pages.pictures import embedded
+from eval.report.gather import RunFolder
+
+KINDS = {
+    "views": ("Views", "What the method sees of the first images: a column for each image, a row for each view."),
+    "reconstructions": (
+        "Reconstructions",
+        "Of the first images: the input, what the encoder sees of it (masked parts are gray), and what the method "
+        "makes of that.",
+    ),
+    "pretext": ("Pretext task", "Patches and where the method places them."),
+    "neighbours": (
+        "Nearest neighbours",
+        "The left column are images of the run, the others the images whose features are most like theirs.",
+    ),
+    "map": ("Map of the features", "Each point is an image; images with like features lie together."),
+}
+
+
+def pictures(
+    run: RunFolder, *, made: Mapping[str, np.ndarray] | None = None, spent_on_pictures: bool = False
+) -> Markup:
+    """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind."""
+    names = [*KINDS, *sorted(name for name in run.pictures if name not in KINDS)]
+    return Markup("").join(_kind(run, name, (made or {}).get(name), spent_on_pictures) for name in names)
+
+
+def _kind(run: RunFolder, name: str, made: np.ndarray | None, during_run: bool) -> Markup:
+    title, words = KINDS.get(name, (name, ""))
+    taken = run.pictures.get(name, [])
+    shown: list[tuple[str, Path | np.ndarray]] = []
+    if taken:
+        (first, first_path), (last, last_path) = taken[0], taken[-1]
+        shown = [(f"Step {last:,}" + (", the newest" if last != first else ""), last_path)]
+        shown = [(f"Step {first:,}, the first that was kept", first_path), *shown] if last != first else shown
+    if made is not None:
+        step = run.saved.step if run.saved else run.step
+        shown = [*shown[:1], (f"Step {step:,}, the last checkpoint", made)]
+    if not shown and not _applies(run, name):
+        return Markup("")
+    figures = [_figure(f"{title}, {caption.lower()}. {words}", caption, picture) for caption, picture in shown]
+    return render(
+        '<h3 id="picture-{{ id }}">{{ title }}</h3><p class="soft">{{ words }}</p>'
+        '{% if figures %}<div class="pair">{% for figure in figures %}{{ figure }}{% endfor %}</div>'
+        "{% else %}<p>{{ why }}</p>{% endif %}",
+        id=name,
+        title=title,
+        words=words,
+        figures=figures,
+        why=_why_missing(run, name, during_run),
+    )
+
+
+def _figure(alt: str, caption: str, picture: Path | np.ndarray) -> Markup:
+    try:
+        return embedded(picture, alt, caption=caption)
+    except (OSError, ValueError) as error:
+        return render('<p class="problem">{{ caption }}: {{ error }}</p>', caption=caption, error=str(error)[:300])
+
+
+def _applies(run: RunFolder, name: str) -> bool:
+    """Whether the run's method would have pictures of this kind."""
+    method = run.config.get("method")
+    target = str(method.get("_target_", "")) if isinstance(method, Mapping) else ""
+    if name == "reconstructions":
+        return target.endswith(("MAE", "SimMIM"))
+    return target.endswith("RelativeLocation") if name == "pretext" else True
+
+
+def _why_missing(run: RunFolder, name: str, during_run: bool) -> str:
+    path = shlex.quote(str(run.path))
+    if name in ("neighbours", "map"):
+        why = "There was no time for it within report.max_share" if during_run else "It could not be made"
+        return f"{why}. python -m eval.report {path} makes it from the last checkpoint."
+    if name == "pretext":
+        return f"python -m eval.look ckpt={path} what=pretext makes it."
+    if not (run.config.get("trainer") or {}).get("pictures", True):
+        return "The run was told to make no pictures (trainer.pictures=false)."
+    return "None has been made yet: the run makes them at its checkpoints."
