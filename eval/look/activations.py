@@ -82,7 +82,7 @@ def look(scene: Scene) -> Look:
                 [[patch for patch, _ in row] for row in rows],
                 captions=_captions(per_unit, source),
                 row_titles=[_row_title(each) for each in per_unit],
-                title=_title(places, scene, len(index), "cut to what the unit sees"),
+                title=_title(places, scene, len(index), _cut_how(places)),
             ),
             "images": captioned(
                 [[whole for _, whole in row] for row in rows],
@@ -276,6 +276,10 @@ def _class(label: Any, source: Source) -> str:
     if np.ndim(label) or label < 0 or source.classes is None:
         return ""
     return source.classes[int(label)]
+
+
+def _cut_how(places: Places) -> str:
+    return "the patch of that place" if places.field is None else "cut to what the unit sees"
 
 
 def _row_title(unit: dict[str, Any]) -> str:

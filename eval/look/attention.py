@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from eval.look.attention_maps import attention_maps, check_attention, head_distance, head_entropy, rollout, seen_by
@@ -48,7 +49,7 @@ def look(scene: Scene) -> Look:
                 of_rollout,
                 title=f"{names[layer]}, {meaning}; each map from its least to its greatest value",
             ),
-            "heads": _heads_picture(distance, entropy, scene.image_size),
+            "heads": _heads_picture(distance, entropy, _even_distance(grid_size, scene.image_size), scene.image_size),
         },
         data={
             "layer": names[layer],
@@ -145,7 +146,9 @@ def _maps_picture(shown: Any, heads: np.ndarray, rolled: np.ndarray, *, title: s
     return captioned(rows, captions=captions, title=title)
 
 
-def _heads_picture(distance: list[list[float]], entropy: list[list[float]], image_size: tuple[int, int]) -> np.ndarray:
+def _heads_picture(
+    distance: list[list[float]], entropy: list[list[float]], even: float, image_size: tuple[int, int]
+) -> np.ndarray:
     """Two plots over the layers, a point per head: how far it looks, how evenly it spreads."""
     figure = plot(9.0, 3.6)
     left, right = figure.subplots(1, 2)
@@ -158,11 +161,12 @@ def _heads_picture(distance: list[list[float]], entropy: list[list[float]], imag
         axes.plot(np.arange(len(values)), [np.mean(each) for each in values], color="#D55E00", label="mean")
         axes.set_xlabel("block")
         axes.set_ylabel(label)
-        axes.set_xticks(np.arange(len(values)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+    left.axhline(even, color="#666666", linestyle="--", label="evenly over the image")
     left.set_ylim(0, None)
     right.set_ylim(0, 1.02)
     left.set_title(f"How far heads look ({image_size[0]} x {image_size[1]} pixels)", fontsize=10)
     right.set_title("How evenly heads look: 1 is over all tokens alike", fontsize=10)
-    left.legend()
+    left.legend(loc="lower left", fontsize=8)
     return figure_pixels(figure)

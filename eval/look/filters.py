@@ -70,7 +70,7 @@ def look(scene: Scene) -> Look:
 
 
 def filter_order(layer: FirstLayer, order: str) -> Tensor:
-    """The filters' numbers (F,): by length, the longest first, or as they stand."""
+    """The filters' numbers (F,): by norm, the greatest first, or as they stand."""
     if order == "index":
         return torch.arange(len(layer.weight))
     return layer.norm.argsort(descending=True, stable=True)
@@ -130,7 +130,7 @@ def _panel(tiles: Tensor) -> np.ndarray:
 
 def _title(layer: FirstLayer, settings: Any, num_shown: int) -> str:
     which = f"{num_shown} of {len(layer.weight)} filters" if num_shown < len(layer.weight) else f"{num_shown} filters"
-    order = ", the longest first" if settings.order == "norm" else ""
+    order = ", the greatest norm first" if settings.order == "norm" else ""
     return f"{layer.name}: {which}{order}; each by its own greatest weight, gray is 0"
 
 

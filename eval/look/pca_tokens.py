@@ -48,10 +48,14 @@ def look(scene: Scene) -> Look:
             f"what=pca_tokens needs more than one token per image, and {_layer_name(settings.layer)} of "
             f"{type(scene.backbone).__name__} is a map of 1 x 1; give an earlier pca_tokens.layer="
         )
+    of_place = place_share(tokens)
+    if settings.without_place:
+        tokens = tokens - tokens.mean(0)
     colours, found, is_shown = token_colours(tokens, foreground=settings.foreground)  # (B, h, w, 3)
     columns_shown = [("tokens", colours)]
     if scene.loaded is not None:
         before = token_map(scene.untrained(), shown.image, settings.layer).cpu()
+        before = before - before.mean(0) if settings.without_place else before
         columns_shown.append(("before training", token_colours(before, foreground=settings.foreground)[0]))
     explained = [round(float(each), 4) for each in found.explained]
     shares = ", ".join(f"{each:.0%}" for each in explained)
@@ -63,15 +67,21 @@ def look(scene: Scene) -> Look:
             "dimensions": tokens.shape[1],
             "num_tokens": len(found.score),
             "explained_variance": explained,
+            "place_share": of_place,
+            "without_place": settings.without_place,
             "foreground": settings.foreground,
             "foreground_share": float(is_shown.mean()),
             "images": [{"name": name, "index": int(index)} for name, index in zip(shown.names, shown.index)],
         },
         arrays={"colours": colours, "direction": found.direction.float().numpy(), "is_foreground": is_shown},
-        metrics={f"explained_variance_{number}": each for number, each in enumerate(explained, start=1)},
+        metrics={
+            **{f"explained_variance_{number}": each for number, each in enumerate(explained, start=1)},
+            "place_share": of_place,
+        },
         lines=[
             f"three components hold {shares} of the variance of {len(found.score):,} tokens with {tokens.shape[1]} "
             "dimensions; alike colours are alike tokens, in all images",
+            _place_in_words(of_place, len(shown), settings.without_place),
             f"a token stands for {scene.image_size[0] / rows:.3g} x {scene.image_size[1] / columns:.3g} pixels "
             f"({rows} x {columns} of them)",
         ],
@@ -98,6 +108,23 @@ def token_map(model: nn.Module, image: Tensor, layer: int | None = None) -> Tens
     norm = {"norm": True} if is_token_model(model) else {}
     found = cast(Any, model).forward_intermediates(image, indices=[layer % depth], intermediates_only=True, **norm)
     return found[0].float()
+
+
+def place_share(tokens: Tensor) -> float:
+    """How much of the variance of tokens (B, D, h, w) their place alone explains, whatever the image: 0 to 1.
+
+    The variance of the means over the images; where places mean nothing it is about 1/B.
+    """
+    tokens = tokens.double()
+    total = (tokens - tokens.mean((0, 2, 3), keepdim=True)).square().sum()
+    of_place = (tokens.mean(0) - tokens.mean((0, 2, 3))[:, None, None]).square().sum() * len(tokens)
+    return float(of_place / total) if total > 0 else 0.0
+
+
+def _place_in_words(share: float, num_images: int, is_removed: bool) -> str:
+    chance = f"{1 / num_images:.0%} with {num_images} images where places mean nothing"
+    then = "it is taken out" if is_removed else "pca_tokens.without_place=true takes it out"
+    return f"{share:.0%} of the tokens' variance is their place on the image, whatever it shows ({chance}); {then}"
 
 
 def _as_map(model: nn.Module, features: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -190,8 +217,10 @@ def _enlarged(colours: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarr
 
 def _title(settings: Any, grid_size: tuple[int, int], shares: str) -> str:
     which = "" if settings.foreground is None else f" of those on the {settings.foreground} side of the first"
+    removed = ", without what their place explains" if settings.without_place else ""
+    name = _layer_name(settings.layer)
     return (
-        f"{_layer_name(settings.layer)}, {grid_size[0]} x {grid_size[1]} tokens: the first three principal "
+        f"{name[0].upper()}{name[1:]}, {grid_size[0]} x {grid_size[1]} tokens{removed}: the first three principal "
         f"components{which} as red, green and blue ({shares} of the variance)"
     )
 

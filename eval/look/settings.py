@@ -74,6 +74,7 @@ class PcaTokensConfig:
     """What `what=pca_tokens` takes."""
 
     layer: int | None = None  # block or stage, from 0 or from the end -1; null: the last
+    without_place: bool = False  # take out of each token the mean of its place over the images
     foreground: str | None = None  # positive or negative: colour only tokens on that side of the first component
 
 
