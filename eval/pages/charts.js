@@ -27,7 +27,7 @@
     made.yaxis.title = undefined;  // the caption says it
     if (chart.kind === "scatter") made.yaxis.title = { text: chart.data.y, standoff: 6 };
     if (chart.log) made.yaxis.type = "log";
-    if (chart.data.log_x) made.xaxis.type = "log";
+    if (chart.data.log_x) Object.assign(made.xaxis, { type: "log", exponentformat: "power" });
     if (chart.data.percent) made.yaxis.tickformat = ".0%";
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
