@@ -62,7 +62,7 @@ class ResultColumn:
     @property
     def is_share(self) -> bool:
         """Whether its values are shares of one, shown as percentages."""
-        return self.metric.removeprefix("held_out_").startswith(FRACTIONS)
+        return _is_share(self.metric)
 
     def shown(self, value: float) -> str:
         """A value of it as a table shows it."""
@@ -94,6 +94,10 @@ class Score:
         return stdev(self.values) if len(self.values) > 1 else None
 
 
+def _is_share(metric: str) -> bool:
+    return metric.removeprefix("held_out_").startswith(FRACTIONS)
+
+
 def by_protocol(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Results by the id of their protocol."""
     found: dict[str, list[Result]] = {}
@@ -114,26 +118,30 @@ def protocols_of(runs: Iterable[Mapping[str, Sequence[Result]]]) -> list[Protoco
 
 def result_columns(protocols: Sequence[Protocol]) -> list[ResultColumn]:
     """A column for each metric of each protocol, top1 and map before the others."""
-    told = told_apart(protocols)
+    names = {
+        protocol.id: dict.fromkeys(name for result in protocol.results for name in numbers_of(result))
+        for protocol in protocols
+    }
+    alike: dict[tuple[str, str], list[Protocol]] = {}
+    for protocol in protocols:
+        for name in names[protocol.id]:
+            alike.setdefault((protocol.command, name), []).append(protocol)
+    told = {key: told_apart(own) for key, own in alike.items()}
     columns = []
     for protocol in protocols:
-        names = dict.fromkeys(name for result in protocol.results for name in numbers_of(result))
-        ordered = sorted(names, key=lambda name: not name.removeprefix("held_out_").startswith(FRACTIONS))
-        columns += [ResultColumn(protocol, name, told[protocol.id]) for name in ordered]
+        ordered = sorted(names[protocol.id], key=lambda name: not _is_share(name))
+        columns += [ResultColumn(protocol, name, told[protocol.command, name][protocol.id]) for name in ordered]
     return columns
 
 
 def told_apart(protocols: Sequence[Protocol]) -> dict[str, list[str]]:
-    """For each protocol the settings in which those of its evaluation differ, in words: `k [20]`.
+    """For each protocol of one metric the settings in which they differ, in words: `k [20]`.
 
     What the name and the numbers of its images say already is left out.
     """
     settings = {protocol.id: identity(protocol.example) for protocol in protocols}
-    words = {}
-    for protocol in protocols:
-        alike = [settings[other.id] for other in protocols if other.command == protocol.command]
-        words[protocol.id] = _words(settings[protocol.id], _differing(alike))
-    return words
+    names = _differing(list(settings.values()))
+    return {key: _words(own, names) for key, own in settings.items()}
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -69,7 +69,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands: complete, running, failed, stopped, ended, not trained; and why, where there is more to say."""
+    """How a run stands, in a word such as complete, running, failed or not trained; and why, where there is more."""
 
     word: str
     why: str = ""
@@ -104,7 +104,8 @@ def read_runs(given: Sequence[Path]) -> tuple[list[Run], list[SweepFolder]]:
     for folder in given:
         sweep = read_sweep(folder) if folder.is_dir() else None
         if sweep is None:
-            found |= {(path.resolve(), None): (path, None) for path in find_runs(folder)}
+            for path in find_runs(folder):
+                found.setdefault((path.resolve(), None), (path, None))
             continue
         sweeps.append(sweep)
         for job in sweep.jobs:
@@ -139,12 +140,13 @@ def read_run(path: Path, *, name: str, job: Job | None = None) -> list[Run]:
     problems: list[str] = []
     if path.is_file():  # what an evaluation in a sweep made
         results = _results([path], problems)
-        state = _state_of_job(job) or State(NOT_TRAINED)
+        state = _state_of_job(job) or State("evaluated")
         return [Run(name, path, state, results=by_protocol(results), job=job, problems=problems)]
     folder = gather(path)
     trained = bool(folder.config) or bool(folder.history.num_rows)
     problems += [each for each in folder.problems if trained and not each.endswith("is missing")]
-    results = _results(_result_files(path), problems)
+    results = [Result(each.path, each.metrics, each.protocol) for each in folder.results]
+    results = results or _results(_result_files(path), problems)
     own = [each for each in results if not trained or not _is_baseline(each)]
     batch = (folder.config.get("trainer") or {}).get("global_batch_size")
     rows = [

@@ -18,7 +18,7 @@ from eval.report.comparison_sweep import SweepFolder, as_value
 from eval.report.gather import LOST
 from ssl.starts import FAILED
 
-MOST_SHOWN_SETTINGS = 5
+MOST_SHOWN_SETTINGS = 3
 MOST_SETTINGS = 30
 """Columns of settings in which runs differ; the list of differences has all."""
 MOST_SHOWN_RESULTS = 12
