@@ -86,6 +86,8 @@ def whole_output(method: Method, image: Tensor, noise: Tensor, mask_ratio: float
         method.predict(image, visible, masked)
     finally:
         handle.remove()
+    if not kept:
+        return None  # a subclass that predicts without this decoder
     tokens = kept[0][:, method.backbone.num_prefix_tokens :]  # (B, N, decoder_dim): the visible ones, then the masked
     order = torch.cat([visible, masked], dim=1)  # (B, N)
     _, mean, deviation = method.targets(image, order)

@@ -379,7 +379,7 @@ def _patch_picture(scene: Scene, patches: Patches) -> np.ndarray:
         x, y = patches.place[place, 0].tolist()
         channel = int(patches.channel[place, 0])
         captions.append([f"x {x:.2f}, y {y:.2f}", "not displaced" if channel < 0 else f"{names[channel]} displaced"])
-    title = "Patches of which a probe tells the place, and which channel is displaced"
+    title = "Patches of which a probe tells the place (x from 0, left, to 1, y from 0, top) and the displaced channel"
     rows, captions = side_by_side([list(each) for each in zip(whole, moved)], captions)
     return captioned(rows, captions=captions, title=title, min_side=TILE)
 
@@ -387,7 +387,7 @@ def _patch_picture(scene: Scene, patches: Patches) -> np.ndarray:
 def _shortcut_title(scene: Scene, patches: Patches) -> str:
     height, width = patches.size
     return (
-        f"What a single patch of {height}x{width} pixels gives away: linear probes on {len(patches.image)} images "
+        f"What a single patch of {height}×{width} pixels gives away: linear probes on {len(patches.image)} images "
         f"of {scene.data_name}"
     )
 
@@ -400,7 +400,7 @@ def _shortcut_plot(found: Mapping[str, Shortcuts], *, title: str) -> np.ndarray:
     panels = figure.subplots(
         1, 2 if first.channel is None else 3, width_ratios=[1, 1.3] + [1] * (first.channel is not None)
     )
-    _class_bars(panels[0], {name: each.cell for name, each in found.items()}, f"cell of a {GRID}x{GRID} grid")
+    _class_bars(panels[0], {name: each.cell for name, each in found.items()}, f"cell of a {GRID}×{GRID} grid")
     _place_bars(panels[1], {name: each.place for name, each in found.items()})
     if first.channel is not None:
         each = {name: one.channel for name, one in found.items() if one.channel is not None}
@@ -416,7 +416,7 @@ def _class_bars(axes: Any, found: Mapping[str, ClassProbe], title: str) -> None:
     first = next(iter(found.values()))
     names = [*found, "shuffled"]
     heights = [100 * each.top1 for each in found.values()] + [100 * first.shuffled]
-    spread = [100 * each.error for each in found.values()] + [float("nan")]
+    spread = [100 * each.error for each in found.values()] + [100 * first.shuffled_error]
     axes.bar(names, heights, yerr=spread, capsize=3, color=[INKS[name] for name in names], width=0.65)
     axes.axhline(100 * first.chance, color="black", linestyle="--", linewidth=1, label=f"chance {first.chance:.0%}")
     axes.set_title(title, fontsize=10)
@@ -428,12 +428,12 @@ def _class_bars(axes: Any, found: Mapping[str, ClassProbe], title: str) -> None:
 
 def _place_bars(axes: Any, found: Mapping[str, PlaceProbe]) -> None:
     first = next(iter(found.values()))
-    groups = {name: (each.r2_x, each.r2_y) for name, each in found.items()}
-    groups["shuffled"] = (first.shuffled_x, first.shuffled_y)
+    groups = {name: ((each.r2_x, each.r2_y), (each.error_x, each.error_y)) for name, each in found.items()}
+    groups["shuffled"] = ((first.shuffled_x, first.shuffled_y), (float("nan"), float("nan")))
     width = 0.8 / len(groups)
-    for number, (name, values) in enumerate(groups.items()):
+    for number, (name, (values, spread)) in enumerate(groups.items()):
         offset = (number - (len(groups) - 1) / 2) * width
-        axes.bar([offset, 1 + offset], values, width=0.9 * width, color=INKS[name], label=name)
+        axes.bar([offset, 1 + offset], values, width=0.9 * width, yerr=spread, capsize=3, color=INKS[name], label=name)
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks([0, 1], ["x, left to right", "y, top to bottom"])
     axes.set_title("place in the image", fontsize=10)
@@ -458,34 +458,49 @@ def _shortcut_metrics(found: Shortcuts, suffix: str) -> dict[str, float]:
 def _shortcut_lines(found: Mapping[str, Shortcuts], *, relative: bool) -> list[str]:
     first = next(iter(found.values()))
     lines = [
-        f"place, from one patch: the cell of {GRID}x{GRID} {_told(found, 'cell')}; "
-        f"R2 of x {_r2_told(found, 'r2_x')}, of y {_r2_told(found, 'r2_y')}"
+        f"place, from one patch: the cell of {GRID}×{GRID} {_told(found, 'cell')}; "
+        f"R2 of x {_r2_told(found, 'x')}, of y {_r2_told(found, 'y')}"
     ]
     if first.channel is not None:
         lines.append(f"which channel is displaced, from one patch: {_told(found, 'channel')}")
     trained, untrained = found.get("trained"), found.get("untrained")
     if trained is None or untrained is None:
         return [*lines, "there are no trained weights to compare with"]
-    learned = _more(trained.cell, untrained.cell)
-    coloured = (
-        trained.channel is not None and untrained.channel is not None and _more(trained.channel, untrained.channel)
-    )
-    if learned:
-        lines.append(
-            "training has made a patch's place easier to tell. Photos have a top and a bottom, which is no harm; where "
-            "x is told too, look for a lens' colour fringes, vignetting, frames or stamps that every image shares"
+    return [*lines, *_findings(trained, untrained, relative=relative)]
+
+
+def _findings(trained: Shortcuts, untrained: Shortcuts, *, relative: bool) -> list[str]:
+    """What training has made easier to tell from a single patch, and what a person may do."""
+    x, y = (
+        _more(
+            getattr(trained.place, f"r2_{axis}") - getattr(untrained.place, f"r2_{axis}"),
+            getattr(trained.place, f"error_{axis}"),
+            getattr(untrained.place, f"error_{axis}"),
         )
-    if coloured:
+        for axis in ("x", "y")
+    )
+    cell = _more(trained.cell.top1 - untrained.cell.top1, trained.cell.error, untrained.cell.error)
+    found = []
+    if x or (cell and not y):
+        found.append(
+            "training has made it easier to tell where in the image a patch lies, from left to right too: look for "
+            "colour fringes of a lens, dark corners, frames or stamps that all images share"
+        )
+    elif y:
+        found.append(
+            "training has made it easier to tell how high in the image a patch lies, and not how far to the right: "
+            "photos have a top and a bottom, which is knowledge and no shortcut"
+        )
+    coloured, before = trained.channel, untrained.channel
+    if coloured is not None and before is not None and _more(coloured.top1 - before.top1, coloured.error, before.error):
         advice = "method.colour=drop, or gray with a larger method.gray_probability" if relative else "more grayscale"
-        lines.append(f"training has made a displaced colour channel easier to tell; what helps is {advice}")
-    if not learned and not coloured:
-        lines.append("no sign that training has learned a shortcut: an untrained backbone tells as much")
-    return lines
+        found.append(f"training has made a displaced colour channel easier to tell; against that: {advice}")
+    return found or ["no sign that training has learned a shortcut: an untrained backbone tells as much"]
 
 
-def _more(trained: ClassProbe, untrained: ClassProbe) -> bool:
-    """Whether the difference is more than two standard errors."""
-    return trained.top1 - untrained.top1 > 2 * (trained.error**2 + untrained.error**2) ** 0.5
+def _more(difference: float, *errors: float) -> bool:
+    """Whether a difference is more than two standard errors of it, given those of what it is between."""
+    return difference > 2 * sum(error**2 for error in errors) ** 0.5
 
 
 def _told(found: Mapping[str, Shortcuts], probe: str) -> str:
@@ -494,8 +509,11 @@ def _told(found: Mapping[str, Shortcuts], probe: str) -> str:
     return f"{words}, shuffled labels {each[0][1].shuffled:.1%}, chance {each[0][1].chance:.1%}"
 
 
-def _r2_told(found: Mapping[str, Shortcuts], name: str) -> str:
-    return ", ".join(f"{which} {getattr(one.place, name):.2f}" for which, one in found.items())
+def _r2_told(found: Mapping[str, Shortcuts], axis: str) -> str:
+    return ", ".join(
+        f"{which} {getattr(one.place, f'r2_{axis}'):.2f} +- {getattr(one.place, f'error_{axis}'):.2f}"
+        for which, one in found.items()
+    )
 
 
 def _no_question(scene: Scene) -> list[str]:

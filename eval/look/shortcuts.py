@@ -24,6 +24,8 @@ WEIGHT_DECAY = (1e-3, 1e-2, 1e-1, 1.0, 1e1)
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 1e1)
 GRID = 3
 FEWEST_IMAGES = 20
+SHUFFLES = 5
+MOST_ITERATIONS = 100
 
 Size = tuple[int, int]
 
@@ -45,7 +47,9 @@ class ClassProbe:
     error: float
     chance: float
     shuffled: float
-    """The same, fitted to labels that were shuffled: what the procedure finds where there is nothing."""
+    """The same fitted to shuffled labels, the mean of SHUFFLES: what the procedure finds where there is nothing."""
+    shuffled_error: float
+    """How far one shuffling's accuracy lies from another's: a standard deviation."""
     num_patches: int
     num_images: int
 
@@ -56,8 +60,12 @@ class PlaceProbe:
 
     r2_x: float
     r2_y: float
+    error_x: float
+    error_y: float
+    """Standard errors over images."""
     shuffled_x: float
     shuffled_y: float
+    """Fitted to shuffled places, the mean of SHUFFLES."""
 
 
 def divide(image: np.ndarray, *, seed: int = 0) -> Parts:
@@ -83,14 +91,18 @@ def probe_class(features: Tensor, label: Tensor, image: np.ndarray, *, num_class
     """
     parts = divide(image, seed=seed)
     hits = _class_hits(features, label, parts, num_classes)
-    shuffled = _class_hits(features, _shuffled(label, parts, seed), parts, num_classes, truth=label)
+    shuffled = [
+        _class_hits(features, _shuffled(label, parts, seed, number), parts, num_classes, truth=label).mean()
+        for number in range(SHUFFLES)
+    ]
     judged = image[parts.judged.numpy()]
     by_image = np.array([hits[judged == name].mean() for name in np.unique(judged)])
     return ClassProbe(
         top1=float(hits.mean()),
         error=float(by_image.std(ddof=1) / len(by_image) ** 0.5),
         chance=1 / num_classes,
-        shuffled=float(shuffled.mean()),
+        shuffled=float(np.mean(shuffled)),
+        shuffled_error=float(np.std(shuffled, ddof=1)),
         num_patches=len(label),
         num_images=len(np.unique(image)),
     )
@@ -99,9 +111,18 @@ def probe_class(features: Tensor, label: Tensor, image: np.ndarray, *, num_class
 def probe_place(features: Tensor, place: Tensor, image: np.ndarray, *, seed: int = 0) -> PlaceProbe:
     """Tell `place` (N, 2), x and y of each patch's middle, from features (N, D) by ridge regression in closed form."""
     parts = divide(image, seed=seed)
-    found = _r2(features, place, parts)
-    shuffled = _r2(features, _shuffled(place, parts, seed), parts, truth=place)
-    return PlaceProbe(found[0], found[1], shuffled[0], shuffled[1])
+    remaining, total = _left(features, place, parts)  # (n, 2) each
+    r2 = 1 - remaining.sum(0) / total.sum(0)
+    # Of a ratio of sums over images, by the delta method: how much each image's own pair departs from the ratio.
+    judged = image[parts.judged.numpy()]
+    names = np.unique(judged)
+    departs = np.array([(remaining - (1 - r2) * total)[judged == name].sum(0) for name in names])  # (images, 2)
+    error = departs.std(0, ddof=1) * len(names) ** 0.5 / total.sum(0)
+    shuffled = []
+    for number in range(SHUFFLES):
+        remaining, total = _left(features, _shuffled(place, parts, seed, number), parts, truth=place)
+        shuffled.append(1 - remaining.sum(0) / total.sum(0))
+    return PlaceProbe(*map(float, (*r2, *error, *np.mean(shuffled, axis=0))))
 
 
 def grid_cell(place: Tensor, cells: int = GRID) -> Tensor:
@@ -158,6 +179,7 @@ def _class_hits(
         num_classes=num_classes,
         rows=parts.fitted,
         standardize=standardize,
+        max_iterations=MOST_ITERATIONS,
     )
     scores = score_heads(heads, features, label, rows=parts.chosen_on, standardize=standardize)
     head = heads.only(choose(scores, num_images=len(parts.chosen_on)))
@@ -165,30 +187,30 @@ def _class_hits(
     return (named == (label if truth is None else truth)[parts.judged]).numpy()
 
 
-def _r2(features: Tensor, wanted: Tensor, parts: Parts, *, truth: Tensor | None = None) -> tuple[float, float]:
-    """The explained share of the variance of both columns (N, 2) on the judged patches."""
+def _left(
+    features: Tensor, wanted: Tensor, parts: Parts, *, truth: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared errors of the judged patches' places (n, 2), and their squared distances from the mean (n, 2)."""
     standardize = Standardizer.fit(features, parts.fitted)
     x = standardize(features).double()  # (N, D)
     y = wanted.double()
     mean = y[parts.fitted].mean(0)
     own = x[parts.fitted]
     moment, with_y = own.T @ own / len(own), own.T @ (y[parts.fitted] - mean) / len(own)  # (D, D), (D, 2)
-    weights = [
-        torch.linalg.solve(moment + decay * torch.eye(len(moment), dtype=moment.dtype), with_y) for decay in RIDGE
-    ]
+    identity = torch.eye(len(moment), dtype=moment.dtype)
+    weights = [torch.linalg.solve(moment + decay * identity, with_y) for decay in RIDGE]  # (D, 2) each
     left = [(y - mean - x @ weight)[parts.chosen_on].square().sum().item() for weight in weights]
     weight = weights[int(np.argmin(left))]
     true = (y if truth is None else truth.double())[parts.judged]
-    remaining = (true - mean - x[parts.judged] @ weight).square().sum(0)  # (2,)
-    total = (true - true.mean(0)).square().sum(0)
-    r2_x, r2_y = (1 - remaining / total).tolist()
-    return r2_x, r2_y
+    remaining = (true - mean - x[parts.judged] @ weight).square()
+    return remaining.numpy(), (true - true.mean(0)).square().numpy()
 
 
-def _shuffled(values: Tensor, parts: Parts, seed: int) -> Tensor:
+def _shuffled(values: Tensor, parts: Parts, seed: int, number: int) -> Tensor:
     """`values` (N, ...) with those that are fitted and chosen on in another order; the judged ones stay."""
     rows = torch.cat([parts.fitted, parts.chosen_on])
-    order = torch.from_numpy(np.argsort(uniforms(seed, 0, np.arange(len(rows)), "shuffled", 1)[:, 0], kind="stable"))
+    drawn = uniforms(seed, number, np.arange(len(rows)), "shuffled", 1)[:, 0]
+    order = torch.from_numpy(np.argsort(drawn, kind="stable"))
     result = values.clone()
     result[rows] = values[rows[order]]
     return result

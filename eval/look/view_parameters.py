@@ -51,7 +51,7 @@ def drawn_values(view: View, drawn: Mapping[str, np.ndarray], *, source_size: tu
 def in_words(values: Mapping[str, Any]) -> list[str]:
     """What `drawn_values` returned, a part per entry: the crop always, the others where they were done."""
     box = values["box"]
-    said = [f"crop {box['height']}x{box['width']} at {box['top']}, {box['left']}: {values['area']:.0%} of it"]
+    said = [f"crop {box['height']}×{box['width']} at {box['top']}, {box['left']}: {values['area']:.0%} of it"]
     if values["flip"]:
         said.append("flipped")
     if values.get("policy"):
@@ -71,4 +71,4 @@ def in_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _factor(name: str, factor: float) -> str:
-    return f"hue {factor:+.2f}" if name == "hue" else f"{name} x {factor:.2f}"
+    return f"hue {factor:+.2f}" if name == "hue" else f"{name} ×{factor:.2f}"

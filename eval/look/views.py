@@ -65,7 +65,7 @@ def look(scene: Scene) -> Look:
         ]
         boxes = [tuple(each["box"].values()) for of_epoch in values for each in of_epoch]
         tiles: list[np.ndarray | None] = [_marked(original, boxes)]
-        texts: list[str | None] = [f"{size[0]}x{size[1]}" + _class_note(shown.truth(place))]
+        texts: list[str | None] = [f"{size[0]}×{size[1]}" + _class_note(shown.truth(place))]
         for number, (epoch, batch) in enumerate(zip(epochs, seen, strict=True)):
             for view, each in enumerate(batch["views"]):
                 pixels = _large(to_uint8(each[place : place + 1], scene.mean, scene.std)[0])
