@@ -160,8 +160,8 @@ def _evaluation(result: Result) -> str:
     return str(result.protocol["command"])
 
 
-def spell_out(words: Sequence[str]) -> list[str]:
-    """Command-line words with those that name results put into `results=[...]`, as Hydra wants them."""
+def spell_out(words: Sequence[str], *, key: str = "results") -> list[str]:
+    """Command-line words with those that name files put into `results=[...]`, or another key, as Hydra wants them."""
     kept, results = [], []
     for before, word in zip(["", *words], words):
         is_setting = word.startswith("-") or before in TAKE_A_VALUE or ("=" in word and not os.path.exists(word))
@@ -169,7 +169,7 @@ def spell_out(words: Sequence[str]) -> list[str]:
     if not results:
         return kept
     quoted = ("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in results)
-    return [*kept, f"results=[{','.join(quoted)}]"]
+    return [*kept, f"{key}=[{','.join(quoted)}]"]
 
 
 def main() -> None:

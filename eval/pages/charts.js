@@ -14,6 +14,7 @@
     const text = colour("--text"), line = colour("--line"), narrow = chart.plot.clientWidth < 420;
     const one = (title) => ({
       title: { text: title, standoff: 6 }, gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true,
+      exponentformat: "power",
       nticks: narrow ? 5 : 9,
     });
     const made = {
@@ -28,7 +29,7 @@
     if (chart.kind === "scatter") made.yaxis.title = { text: chart.data.y, standoff: 6 };
     if (chart.log) made.yaxis.type = "log";
     if (chart.data.log_x) Object.assign(made.xaxis, { type: "log", exponentformat: "power" });
-    if (chart.data.percent) made.yaxis.tickformat = ".0%";
+    if (chart.data.percent) Object.assign(made.yaxis, { tickformat: ".3~%", rangemode: "nonnegative" });
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
       for (const mark of chart.data.marks) {

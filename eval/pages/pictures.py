@@ -15,6 +15,14 @@ from eval.pages.page import render
 MOST_BYTES = 600_000
 """Of a picture's file; a larger one is made smaller, as a page holds many."""
 MOST_PIXELS = 40_000_000
+WIDE = 640
+"""Pixels from which on a picture is not made as narrow as a phone, but can be moved in its box."""
+FIGURE = """\
+<figure class="picture"><div class="scroll"{% if size[0] > WIDE %} tabindex="0"{% endif %}>
+<img{% if size[0] > WIDE %} class="wide"{% endif %} src="{{ uri }}" alt="{{ alt }}" width="{{ size[0] }}"
+ height="{{ size[1] }}" decoding="async"></div>
+{% if caption or note %}<figcaption>{{ caption }}{{ note }}</figcaption>{% endif %}</figure>
+""".replace("WIDE", str(WIDE))
 KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -25,15 +33,7 @@ def embedded(picture: Path | np.ndarray, alt: str, *, caption: str = "", most_by
     ValueError for a file that is no picture, OSError where it cannot be read.
     """
     uri, size, note = data_uri(picture, most_bytes=most_bytes)
-    return render(
-        '<figure class="picture"><img src="{{ uri }}" alt="{{ alt }}" width="{{ size[0] }}" height="{{ size[1] }}" '
-        'decoding="async">{% if caption or note %}<figcaption>{{ caption }}{{ note }}</figcaption>{% endif %}</figure>',
-        uri=uri,
-        alt=alt,
-        size=size,
-        caption=caption,
-        note=note,
-    )
+    return render(FIGURE, uri=uri, alt=alt, size=size, caption=caption, note=note)
 
 
 def data_uri(picture: Path | np.ndarray, *, most_bytes: int = MOST_BYTES) -> tuple[str, tuple[int, int], str]:

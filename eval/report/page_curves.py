@@ -44,7 +44,7 @@ def training(run: RunFolder) -> Markup:
     missing = [title for name, title in TRAINING.items() if name not in history.curves]
     skipped = history.latest.get("skipped_steps")
     said = [
-        f"{len([mark for mark in marks if mark.kind == 'resume'])} resumes (dashed lines)",
+        f"resumed {len([mark for mark in marks if mark.kind == 'resume'])} times (dashed lines)",
         "skipped steps were not counted in this run"
         if skipped is None
         else f"{skipped:,.0f} skipped steps" + (" (crosses)" if skipped else ""),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +30,28 @@ KINDS = {
 
 
 def pictures(
-    run: RunFolder, *, made: Mapping[str, np.ndarray] | None = None, spent_on_pictures: bool = False
+    run: RunFolder, *, made: Mapping[str, Sequence[np.ndarray]], notes: Sequence[str] = (), during: bool = False
 ) -> Markup:
-    """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind."""
-    names = [*KINDS, *sorted(name for name in run.pictures if name not in KINDS)]
-    return Markup("").join(_kind(run, name, (made or {}).get(name), spent_on_pictures) for name in names)
+    """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind; `notes`
+    says which could not be. `during` is true of a page that the run itself makes.
+    """
+    names = [*KINDS, *sorted({*run.pictures, *made} - KINDS.keys())]
+    said = render('{% for note in notes %}<p class="warning">{{ note }}</p>{% endfor %}', notes=notes)
+    return said + Markup("").join(_kind(run, name, made.get(name, ()), during) for name in names)
 
 
-def _kind(run: RunFolder, name: str, made: np.ndarray | None, during_run: bool) -> Markup:
+def _kind(run: RunFolder, name: str, made: Sequence[np.ndarray], during: bool) -> Markup:
     title, words = KINDS.get(name, (name, ""))
     taken = run.pictures.get(name, [])
     shown: list[tuple[str, Path | np.ndarray]] = []
     if taken:
         (first, first_path), (last, last_path) = taken[0], taken[-1]
         shown = [(f"Step {last:,}" + (", the newest" if last != first else ""), last_path)]
-        shown = [(f"Step {first:,}, the first that was kept", first_path), *shown] if last != first else shown
-    if made is not None:
+        if last != first and name != "views":  # those of the first images are the same at each step
+            shown = [(f"Step {first:,}, the first that was kept", first_path), *shown]
+    if made:
         step = run.saved.step if run.saved else run.step
-        shown = [*shown[:1], (f"Step {step:,}, the last checkpoint", made)]
+        shown = [(f"Step {step:,}, the last checkpoint", picture) for picture in made]
     if not shown and not _applies(run, name):
         return Markup("")
     figures = [_figure(f"{title}, {caption.lower()}. {words}", caption, picture) for caption, picture in shown]
@@ -59,7 +63,7 @@ def _kind(run: RunFolder, name: str, made: np.ndarray | None, during_run: bool) 
         title=title,
         words=words,
         figures=figures,
-        why=_why_missing(run, name, during_run),
+        why=_why_missing(run, name, during),
     )
 
 
@@ -79,11 +83,11 @@ def _applies(run: RunFolder, name: str) -> bool:
     return target.endswith("RelativeLocation") if name == "pretext" else True
 
 
-def _why_missing(run: RunFolder, name: str, during_run: bool) -> str:
+def _why_missing(run: RunFolder, name: str, during: bool) -> str:
     path = shlex.quote(str(run.path))
     if name in ("neighbours", "map"):
-        why = "There was no time for it within report.max_share" if during_run else "It could not be made"
-        return f"{why}. python -m eval.report {path} makes it from the last checkpoint."
+        why = "There was no time for it within report.max_share. " if during else "It was not asked for. "
+        return f"{why}python -m eval.report {path} makes it from the last checkpoint."
     if name == "pretext":
         return f"python -m eval.look ckpt={path} what=pretext makes it."
     if not (run.config.get("trainer") or {}).get("pictures", True):

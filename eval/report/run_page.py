@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import numpy as np
 from markupsafe import Markup
 
 from eval.pages.page import Section, page, render
@@ -43,9 +44,17 @@ class Spent:
     pictures_failed: str | None = None
 
 
-def run_page(run: RunFolder, *, moment: Moment | None = None, spent: Spent | None = None) -> str:
+def run_page(
+    run: RunFolder,
+    *,
+    moment: Moment | None = None,
+    spent: Spent | None = None,
+    made: Mapping[str, Sequence[np.ndarray]] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """The page as HTML. `moment` is where the run is, as it knows itself better than its folder does; `spent` is told
-    at the foot of a page that was made while it ran.
+    at the foot of a page that was made while it ran. `made` are pictures of the last checkpoint by what they show, and
+    `notes` says which could not be made.
     """
     state = moment.state if moment else run.state
     sections = [
@@ -53,7 +62,11 @@ def run_page(run: RunFolder, *, moment: Moment | None = None, spent: Spent | Non
         _section("recipe", "Recipe and command", lambda: recipe(run)),
         _section("training", "Training", lambda: training(run)),
         _section("features", "Features during training", lambda: features(run)),
-        _section("pictures", "What it sees and knows", lambda: pictures(run, spent_on_pictures=spent is not None)),
+        _section(
+            "pictures",
+            "What it sees and knows",
+            lambda: pictures(run, made=made or {}, notes=notes, during=spent is not None),
+        ),
         _section("evaluations", "Evaluations", lambda: evaluations(run)),
         _section("data", "Data and unreadable images", lambda: data(run)),
         _section("environment", "Environment and starts", lambda: environment(run)),
@@ -156,15 +169,17 @@ def _about(run: RunFolder, spent: Spent | None) -> Markup:
             f"of training (report.max_share allows {spent.max_share:.0%}; the last page of a run is made in any case)."
         )
         if budget.num_left_out:
-            lines.append(f"{budget.num_left_out} refreshes were left out, as there was no time for them.")
+            lines.append(
+                f"At {budget.num_left_out} of the checkpoints the page was left as it was, for the same reason."
+            )
         if spent.sample == 0:
             lines.append("Neighbours and map are not made during this run (report.sample=0).")
         elif spent.pictures_failed:
             lines.append(f"Neighbours and map could not be made ({spent.pictures_failed}).")
         elif budget.pictures_left_out:
             lines.append(
-                f"Neighbours and map were left out {budget.pictures_left_out} times, as they would not have been "
-                "within that share."
+                "Neighbours and map would not have been within that share, and were left out at "
+                f"{budget.pictures_left_out} of the checkpoints."
             )
     return render(
         "{% for line in lines %}<p>{{ line }}</p>\n{% endfor %}<p>This command makes it again, with neighbours and map "
