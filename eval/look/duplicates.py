@@ -260,7 +260,7 @@ def _check(settings: Any) -> None:
         if settings[key] is not None and settings[key] < 1:
             raise ValueError(f"duplicates.{key} must be at least 1, got {settings[key]}")
     if not 0 < settings.correlation <= 1:
-        raise ValueError(f"duplicates.correlation must lie in (0, 1], got {settings.correlation}; 0.88 is usual")
+        raise ValueError(f"duplicates.correlation must lie in (0, 1], got {settings.correlation}; 0.9 is usual")
     if settings.similarity is not None and not -1 <= settings.similarity <= 1:
         raise ValueError(
             f"duplicates.similarity is a cosine in -1..1, got {settings.similarity}; leave it out, and it is measured"

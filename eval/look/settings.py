@@ -198,7 +198,7 @@ class DuplicatesConfig:
     images: int | None = None  # of each split; null: all
     neighbours: int = 5  # of each image that are compared with it pixel by pixel
     similarity: float | None = None  # cosine from which they are; null: that of copies made of some images
-    correlation: float = 0.88  # of the aligned pictures, from which two images are called duplicates
+    correlation: float = 0.9  # of the aligned pictures, from which two images are called duplicates
     flip: bool = True  # compare mirrored images too
 
 
