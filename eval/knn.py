@@ -87,7 +87,7 @@ def knn(
     Sums are taken in log space in float64, so no temperature overflows or loses a vote. Ties have a rule: of equally
     close images the one that stands earlier in the bank is nearer; of classes with equal votes the lower number wins; a
     class without a vote is never a hit. `center` subtracts the bank's mean first, as raw pixels need. A k beyond the
-    bank is cut to the bank's size, with a note. `index`: `auto` (faiss where it can be imported), `faiss`, `torch` or
+    bank is cut to the bank's size, with a note. `index`: `auto` (the faster of torch and faiss), `faiss`, `torch` or
     `shortlist`; all find the same. With `over_ranks` each process searches a slice of the bank: all must call it, with
     the same features. Raises ValueError for settings without meaning and features that no vote can be taken over.
     """
@@ -182,7 +182,7 @@ def check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tens
             raise ValueError(
                 f"labels of the {what} must lie in 0..{num_classes - 1}; got {int(labels.min())}..{int(labels.max())}"
             )
-        if not all(torch.isfinite(some).all() for some in features.split(65536)):
+        if not torch.isfinite(torch.stack(features.aminmax())).all():
             raise ValueError(f"the {what} holds features that are not finite; the backbone has diverged")
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"the bank's features have {bank.shape[1]} dimensions, the queries' {queries.shape[1]}")

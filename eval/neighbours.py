@@ -37,7 +37,7 @@ class Found:
 def nearest(rows: Rows, queries: Tensor, count: int, *, index: str) -> Found:
     """The `count` rows closest to each of `queries` (M, D); all rows where there are fewer.
 
-    `index` is `auto` (faiss where it can be imported), `faiss`, `torch` or `shortlist`. Raises ValueError for another.
+    `index` is `auto`, `faiss`, `torch` or `shortlist`, see `make_scan`. Raises ValueError for another.
     """
     scan, name = make_scan(index, rows.device)
     count = min(count, len(rows))

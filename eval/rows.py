@@ -10,6 +10,7 @@ from torch import Tensor
 
 METRICS = ("cosine", "euclidean")
 BLOCK_BYTES = 2**28  # of the bank that are held at once
+PIECES = {"cpu": 512, "cuda": 2**16}  # rows: what is made on the way stays in a core's cache, a third of the time
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,8 @@ class Rows:
 def unit_length(features: Tensor) -> Tensor:
     """Features (N, D) scaled to length 1 in fp32; a feature of zeros stays zero and is equally far from all."""
     features = features.float()
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)  # (N, 1)
-    return features / norm.clamp_min(1e-12).float()  # (N, D)
+    result, size = torch.empty_like(features), PIECES[features.device.type]
+    for some, out in zip(features.split(size), result.split(size)):
+        norm = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float64)  # (n, 1)
+        torch.div(some, norm.clamp_min(1e-12).float(), out=out)  # (n, D)
+    return result

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eval.largest import Largest
-from eval.rows import Rows
-from ssl.products import product
+from eval.rows import PIECES, Rows
+from ssl.products import has_onednn, product
 
 INDEXES = ("auto", "faiss", "torch", "shortlist")
 SHORTLIST = 4  # candidates per neighbour that the bfloat16 scan keeps
@@ -42,12 +42,16 @@ def num_candidates(index: str, count: int) -> int:
 
 
 def make_scan(index: str, device: torch.device) -> tuple[Scan, str]:
-    """The scan that `index` names, and its name in full. Raises ValueError where it is unknown or not installed."""
+    """The scan that `index` names, and its name in full. Raises ValueError where it is unknown or not installed.
+
+    `auto` is torch on a CPU where oneDNN multiplies, else faiss where it can be imported. Faiss's wheel multiplies with
+    256-bit registers: on an EPYC with AVX-512, 10,000 queries in 50,000 x 512 take it 1.4 times as long.
+    """
     if index not in INDEXES:
         raise ValueError(f"index={index} is not known; allowed: {', '.join(INDEXES)}")
     if index == "shortlist":
         return bf16_scan, f"bfloat16 shortlist on {device.type}, measured again in float64"
-    if index == "torch":
+    if index == "torch" or (index == "auto" and device.type == "cpu" and has_onednn()):
         return fp32_scan, f"torch on {device.type}"
     faiss = import_faiss()
     if faiss is None and index == "faiss":
@@ -80,7 +84,8 @@ def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -
     the products and their sum are rounded by.
     """
     euclidean = rows.metric == "euclidean"
-    near = middle(rows) if euclidean or dtype == torch.bfloat16 else queries.new_zeros(1, rows.dim)  # (1, D)
+    shifts = euclidean or dtype == torch.bfloat16
+    near = middle(rows) if shifts else queries.new_zeros(1, rows.dim)  # (1, D)
     moved = queries - near if euclidean else queries  # (M, D)
     rounded = moved.to(dtype)
     best = torch.full((len(queries), keep), -torch.inf, device=queries.device)  # (M, m)
@@ -88,11 +93,9 @@ def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -
     longest = rest = queries.new_zeros(())
     with exact_products():
         for first, block in rows.blocks():
-            block = block - near if euclidean or dtype == torch.bfloat16 else block
-            in_dtype = block.to(dtype)
-            half = 0.5 * block.square().sum(1) if euclidean else None  # (n,)
-            longest = torch.maximum(longest, block.norm(dim=1).max())
-            rest = torch.maximum(rest, (block - in_dtype).norm(dim=1).max()) if dtype == torch.bfloat16 else rest
+            in_dtype, norm, away = moved_into(dtype, block, near if shifts else None)  # (n, D), (n,), (n,)
+            half = 0.5 * norm.square() if euclidean else None  # (n,)
+            longest, rest = torch.maximum(longest, norm.max()), torch.maximum(rest, away.max())
             for start in range(0, len(queries), CHUNK):
                 at = slice(start, start + CHUNK)
                 largest = Largest(best[at], place[at])
@@ -111,6 +114,25 @@ def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -
         return Candidates(best + queries @ near.T, place, error + 8 * FP32 * norm * near.norm() * rows.dim)
     error = 2 * error + (rows.dim + 8) * FP32 * (norm + longest).square()
     return Candidates(2 * best - norm[:, None].square(), place, error)
+
+
+def moved_into(dtype: torch.dtype, block: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`block` (n, D) less `near` (1, D) in `dtype`; the length of each row before, and of what rounding took away (n,).
+
+    Piece by piece, because what is made on the way takes longer to write to memory than to compute.
+    """
+    if near is None and dtype == block.dtype:
+        return block, block.norm(dim=1), block.new_zeros(len(block))
+    result, size = torch.empty_like(block, dtype=dtype), PIECES[block.device.type]
+    norm, away = block.new_zeros(len(block)), block.new_zeros(len(block))
+    for start in range(0, len(block), size):
+        part = slice(start, start + size)
+        moved = block[part] if near is None else block[part] - near  # (B, D)
+        norm[part] = moved.norm(dim=1)
+        result[part] = moved
+        if dtype != block.dtype:
+            away[part] = (moved - result[part]).norm(dim=1)
+    return result, norm, away
 
 
 def tiles(num: int, keep: int) -> Iterator[tuple[int, int]]:

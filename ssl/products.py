@@ -20,6 +20,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
 
 
+def has_onednn() -> bool:
+    """Whether `product` has oneDNN at hand."""
+    return _LINEAR is not None
+
+
 def _is_for_onednn(a: Tensor, b: Tensor) -> bool:
     is_fp32_on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
     wants_gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)

@@ -134,12 +134,22 @@ def test_centring_removes_a_common_offset():
 def test_without_faiss_torch_finds_the_same_and_the_name_says_so(monkeypatch):
     data = made(60, 30, 4)
     expected = knn(*data, k=[5], num_classes=4, index="faiss")
+    monkeypatch.setattr("eval.scan.has_onednn", lambda: False)
     monkeypatch.setitem(sys.modules, "faiss", None)  # what a missing package looks like to `import`
     scores = knn(*data, k=[5], num_classes=4)
     assert scores.rows == expected.rows
     assert "faiss cannot be imported" in scores.index
     with pytest.raises(ValueError, match="index=torch"):
         knn(*data, k=[5], num_classes=4, index="faiss")
+
+
+@pytest.mark.parametrize(("has", "taken"), [(True, "torch on cpu"), (False, "faiss")])
+def test_the_index_by_default_is_torch_where_onednn_multiplies_and_else_faiss(monkeypatch, has, taken):
+    monkeypatch.setattr("eval.scan.has_onednn", lambda: has)
+    data = made(60, 30, 4)
+    scores = knn(*data, k=[5], num_classes=4)
+    assert scores.index.startswith(taken)
+    assert scores.rows == knn(*data, k=[5], num_classes=4, index="faiss").rows
 
 
 def test_rank_counts_better_classes_and_equal_lower_ones():
