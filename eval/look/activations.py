@@ -15,6 +15,7 @@ from eval.look.drawing import boxed, captioned
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import Look
 from eval.look.scene import Scene, sample_index
+from eval.look.settings import ActivationsConfig
 from ssl.data.sources import Source
 from ssl.data.subset import Subset
 from ssl.models.backbones import pooled_features
@@ -320,6 +321,9 @@ def _check_settings(settings: Any, places: Places) -> None:
         raise ValueError(f"activations.choose must be one of {', '.join(CHOICES)}, got {settings.choose!r}")
     if settings.units is None:
         return
+    for key in ("choose", "num_units"):
+        if settings[key] != getattr(ActivationsConfig, key):
+            raise ValueError(f"activations.{key} has no effect with activations.units, which names them; leave it out")
     wrong = [unit for unit in settings.units if not 0 <= unit < places.num_units]
     if wrong or not len(settings.units):
         raise ValueError(

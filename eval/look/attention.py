@@ -9,7 +9,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from eval.look.attention_maps import attention_maps, check_attention, head_distance, head_entropy, rollout, seen_by
+from eval.look.attention_maps import check_attention, head_distance, head_entropy, read_attention, rollout, seen_by
 from eval.look.drawing import captioned, colour, figure_pixels, overlay, plot, resized
 from eval.look.layer_places import token_grid
 from eval.look.result import Look
@@ -29,9 +29,10 @@ def look(scene: Scene) -> Look:
     grid_size, prefix = found
     query = choose_query(scene.backbone, settings.query)
     shown = scene.shown()
+    read = read_attention(scene.backbone, scene.image_size)
     heads, rolled, distances, entropies = [], [], [], []
     for image in shown.image.split(1):  # one at a time: all maps of many images together may not fit
-        maps = attention_maps(scene.backbone, image)  # (1, heads, T, T) each
+        maps = read(image)  # (1, heads, T, T) each
         heads.append(seen_by(maps[layer], prefix, query=query)[0].cpu())  # (heads, N)
         joint = rollout(maps, fusion=settings.fusion, discard=settings.discard)  # (1, T, T)
         rolled.append(seen_by(joint, prefix, query=query)[0].cpu())  # (N,)

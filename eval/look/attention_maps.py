@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.layers.attention as timm_attention
@@ -36,7 +36,7 @@ def check_attention(model: nn.Module, image_size: tuple[int, int]) -> dict[str, 
     others = {
         type(part).__name__
         for key, part in model.named_modules()
-        if "Attention" in type(part).__name__ and key not in layers
+        if "Attention" in type(part).__name__ and "Pool" not in type(part).__name__ and key not in layers
     }
     if any("Window" in other for other in others):
         raise DoesNotApply(f"what=attention: {name} attends within windows, which gives no map of the image; {INSTEAD}")
@@ -48,18 +48,22 @@ def check_attention(model: nn.Module, image_size: tuple[int, int]) -> dict[str, 
     return layers
 
 
-@torch.no_grad()
 def attention_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """The attention of each layer to normalised images (B, C, H, W): (B, heads, T, T), rows are queries and sum to 1.
+    """The attention of each layer to normalised images (B, C, H, W), as `read_attention` gives it."""
+    return read_attention(model, (image.shape[-2], image.shape[-1]))(image)
 
-    They are what timm's own layers compute without a fused kernel, on a copy of the model, and what torchvision's
-    return. T counts the tokens in front too. Raises DoesNotApply as `check_attention`.
+
+def read_attention(model: nn.Module, image_size: tuple[int, int]) -> Callable[[Tensor], list[Tensor]]:
+    """A function from normalised images (B, C, H, W) to the attention of each layer, the first layer first.
+
+    Each is (B, heads, T, T), rows are queries and sum to 1; T counts the tokens in front too. They are what timm's own
+    layers compute without a fused kernel, on a copy of the model, and what torchvision's return. Raises DoesNotApply as
+    `check_attention`.
     """
-    size = (image.shape[-2], image.shape[-1])
-    check_attention(model, size)
+    check_attention(model, image_size)
     model = attend_by_matmul(copy.deepcopy(model)).eval()
     found: list[Tensor] = []
-    for layer in check_attention(model, size).values():
+    for layer in check_attention(model, image_size).values():
         if isinstance(layer, nn.MultiheadAttention):
             layer.register_forward_pre_hook(_ask_for_weights, with_kwargs=True)
             layer.register_forward_hook(lambda _layer, _inputs, output: found.append(output[1].detach()))
@@ -67,8 +71,14 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
             drop = layer.attn_drop
             assert isinstance(drop, nn.Module)
             drop.register_forward_pre_hook(lambda _drop, inputs: found.append(inputs[0].detach().clone()))
-    pooled_features(model, image)
-    return found
+
+    @torch.no_grad()
+    def read(image: Tensor) -> list[Tensor]:
+        found.clear()
+        pooled_features(model, image)
+        return list(found)
+
+    return read
 
 
 def _ask_for_weights(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

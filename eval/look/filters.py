@@ -14,6 +14,7 @@ from eval.look.first_layer import FirstLayer, filter_tiles, first_layer, positio
 from eval.look.pca_tokens import principal_components
 from eval.look.result import Look
 from eval.look.scene import Scene
+from eval.look.settings import FiltersConfig
 from ssl.pictures import grid, to_uint8
 
 ORDERS = ("norm", "index")
@@ -34,6 +35,8 @@ def look(scene: Scene) -> Look:
         stages["before training"] = before
     num_filters, channels, height, width = layer.weight.shape
     dead = layer.is_dead
+    if not layer.is_embedding and settings.num_components != FiltersConfig.num_components:
+        raise ValueError(f"filters.num_components has no effect: {layer.name} is no patch embedding; leave it out")
     pictures = {"": _filters_picture(stages, order, title=_title(layer, settings, len(order)))}
     data: dict[str, Any] = {
         "layer": layer.name,

@@ -43,6 +43,8 @@ def look(scene: Scene) -> Look:
     shown = scene.shown()
     tokens = token_map(scene.backbone, shown.image, settings.layer).cpu()  # (B, D, h, w)
     rows, columns = tokens.shape[-2:]
+    if settings.without_place and len(shown) < 2:
+        raise ValueError("pca_tokens.without_place=true needs two images or more to tell a place from what it shows")
     if rows * columns == 1:
         raise DoesNotApply(
             f"what=pca_tokens needs more than one token per image, and {_layer_name(settings.layer)} of "
