@@ -20,6 +20,8 @@ from ssl.models.backbones import is_token_model
 SIDES = ("positive", "negative")
 TAILS = (0.01, 0.99)
 """Shares of the tokens below which a component has no colour, and above which it has all."""
+FLAT = 1e-4
+"""Of the greatest score: a component that spreads less is what fp32 rounds off."""
 BLEND = 0.6
 
 
@@ -188,7 +190,7 @@ def _scaled(score: Tensor) -> Tensor:
     """Scores (N, k) as (N, 3) in 0..1; a component without variance, or that is missing, is 0.5 everywhere."""
     low, high = torch.quantile(score, torch.tensor(TAILS, dtype=score.dtype), dim=0)  # (k,) each
     spread = high - low
-    is_flat = spread <= 1e-9 * score.abs().max().clamp_min(1e-30)
+    is_flat = spread <= FLAT * score.abs().max().clamp_min(1e-30)
     scaled = ((score - low) / spread.where(~is_flat, torch.ones_like(spread))).clamp(0, 1)
     scaled = scaled.where(~is_flat, torch.full_like(scaled, 0.5))
     missing = torch.full((len(score), 3 - score.shape[1]), 0.5, dtype=score.dtype)
