@@ -25,7 +25,7 @@ from ssl.sweep import DONE, RUNNING
 DEEPEST = 4
 """So many levels of folders below a given one are searched for runs."""
 MOST_RUNS = 1000
-NOT_TRAINED = "not trained"
+NOT_TRAINED, UNREADABLE = "not trained", "unreadable"
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,23 @@ def read_runs(given: Sequence[Path]) -> tuple[list[Run], list[SweepFolder]]:
     A folder is a run, a sweep, or has runs in it. Raises ValueError where it is none of them.
     """
     sweeps: list[SweepFolder] = []
-    found: dict[tuple[Path, int | None], tuple[Path, Job | None]] = {}
+    found: dict[Path, Job | None] = {}
+    without: dict[str, tuple[Path, Job]] = {}
     for folder in given:
         sweep = read_sweep(folder) if folder.is_dir() else None
         if sweep is None:
-            for path in find_runs(folder):
-                found.setdefault((path.resolve(), None), (path, None))
+            found |= {path: found.get(path) for path in map(Path.resolve, find_runs(folder))}
             continue
         sweeps.append(sweep)
+        found |= {job.out.resolve(): job for job in sweep.jobs if job.out is not None}
         for job in sweep.jobs:
-            path = job.out or folder / str(job.number)
-            found[path.resolve(), job.number if job.out is None or job.out.is_file() else None] = (path, job)
-    if len(found) > MOST_RUNS:
-        raise ValueError(f"{len(found):,} runs are too many for one page; give at most {MOST_RUNS:,}")
-    names = short_names([path for path, _ in found.values()])
-    runs = [each for name, (path, job) in zip(names, found.values()) for each in read_run(path, name=name, job=job)]
-    return runs, sweeps
+            if job.out is None:
+                without[f"{folder.name}/{job.number}"] = (folder / str(job.number), job)
+    if len(found) + len(without) > MOST_RUNS:
+        raise ValueError(f"{len(found) + len(without):,} runs are too many for a page; give at most {MOST_RUNS:,}")
+    rows = [(name, path, job) for name, (path, job) in zip(short_names(list(found)), found.items())]
+    rows += [(name, path, job) for name, (path, job) in without.items()]
+    return [each for name, path, job in rows for each in _read(path, name, job)], sweeps
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -153,7 +154,7 @@ def read_run(path: Path, *, name: str, job: Job | None = None) -> list[Run]:
         Run(
             name,
             path,
-            _state_of_job(job) or (_state(folder) if trained else State(NOT_TRAINED, _subject(results))),
+            _state_of_job(job) or (_state(folder) if trained else _state_without_training(job, results)),
             config=flat(folder.config) if folder.config else {},
             parts=flat(folder.recipe.get("parts") or {}),
             curves=Curves(folder.history, batch if isinstance(batch, int) else 0),
@@ -178,6 +179,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         return ["/".join(whole[0].parts[-2:])]
     common = Path(os.path.commonpath([path.parent for path in whole])) if whole else Path()
     return [str(path.relative_to(common)) for path in whole]
+
+
+def _read(path: Path, name: str, job: Job | None) -> list[Run]:
+    """The rows of a run. One whose files hold something else than a run writes is told, and costs no other its row."""
+    try:
+        return read_run(path, name=name, job=job)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [Run(name, path, State(UNREADABLE, f"{type(error).__name__}: {error}"), job=job)]
 
 
 def _below(folder: Path, levels: int) -> Iterator[Path]:
@@ -229,15 +238,17 @@ def _is_baseline(result: Result) -> bool:
     return not result.protocol.get("checkpoint") and result.protocol["command"] != "eval.finetune"
 
 
-def _subject(results: Sequence[Result]) -> str:
-    return " and ".join(dict.fromkeys(str(result.protocol.get("subject")) for result in results))
-
-
 def _state_of_job(job: Job | None) -> State | None:
     """How a run of a sweep ended, where its own folder does not tell better."""
     if job is None or job.state in (DONE, RUNNING):
         return None
     return State(job.state, (job.message or "").strip())
+
+
+def _state_without_training(job: Job | None, results: Sequence[Result]) -> State:
+    if job is not None and not results:
+        return State(job.state)
+    return State(NOT_TRAINED, " and ".join(dict.fromkeys(str(each.protocol.get("subject")) for each in results)))
 
 
 def _state(folder: RunFolder) -> State:

@@ -45,8 +45,11 @@ class SweepFolder:
     @property
     def swept(self) -> list[str]:
         """The settings in which its runs differ."""
-        keys = dict.fromkeys(key for job in self.jobs for key in job.overrides)
-        return [key for key in keys if len({job.overrides.get(key) for job in self.jobs}) > 1]
+        values: dict[str, set[str]] = {}
+        for job in self.jobs:
+            for key, value in job.overrides.items():
+                values.setdefault(key, set()).add(value)
+        return [key for key, own in values.items() if len(own) > 1]
 
     @property
     def objective(self) -> str:

@@ -13,7 +13,7 @@ from eval.pages.page import render
 from eval.pages.sortable import MISSING, Cell, Column, Row, SortableTable, number_cell, text_cell
 from eval.report.comparison_recipes import ACTS, Recipe, as_text, complete_configs, recipe_settings
 from eval.report.comparison_results import ResultColumn, Score, over_runs, score_of
-from eval.report.comparison_runs import NOT_TRAINED, Run
+from eval.report.comparison_runs import NOT_TRAINED, UNREADABLE, Run
 from eval.report.comparison_sweep import SweepFolder, as_value
 from eval.report.gather import LOST
 from ssl.starts import FAILED
@@ -35,7 +35,7 @@ FIRST_SETTINGS = (
     "trainer.epochs",
     "trainer.global_batch_size",
 )
-BAD_STATES = (FAILED, LOST)
+BAD_STATES = (FAILED, LOST, UNREADABLE)
 
 
 def runs_section(
@@ -67,7 +67,7 @@ def runs_section(
         cells = [
             text_cell(run.name, lines=[run.state.why] if run.state.word == NOT_TRAINED and run.state.why else []),
             _state_cell(run),
-            *(_setting_cell(overrides.get(key)) for key in swept),
+            *(setting_cell(overrides.get(key)) for key in swept),
             *([number_cell(run.job.objective if run.job else None)] if judged else []),
             *(_value_cell(key, config) for key in keys),
             *(_score_cell(score_of(run.results, column), column, run) for column in shown),
@@ -98,6 +98,13 @@ def seeds_section(recipes: Sequence[Recipe], columns: Sequence[ResultColumn]) ->
     return render(SEEDS, table=table.html())
 
 
+def setting_cell(text: str | None) -> Cell:
+    """A setting, sorted as a number where it is one."""
+    if text is None:
+        return MISSING
+    return Cell(text if len(text) <= 80 else f"{text[:77]}...", as_value(text))
+
+
 def has_seeds(recipes: Sequence[Recipe]) -> bool:
     """Whether some recipe was run more than once."""
     return any(len(recipe.runs) > 1 for recipe in recipes)
@@ -123,7 +130,7 @@ def _setting_heads(keys: Sequence[str], recipes: Sequence[Recipe]) -> tuple[Sequ
 
 
 def _value_cell(key: str, config: Mapping[str, Any]) -> Cell:
-    return _setting_cell(_told(key, config) if key in config else None)
+    return setting_cell(_told(key, config) if key in config else None)
 
 
 def _told(key: str, config: Mapping[str, Any]) -> str:
@@ -154,12 +161,6 @@ def _state_cell(run: Run) -> Cell:
     why = run.state.why if run.state.word != NOT_TRAINED else ""
     lines = [why if len(why) <= 200 else f"{why[:197]}..."] if why else []
     return text_cell(run.state.word, lines=lines, marked=run.state.word in BAD_STATES)
-
-
-def _setting_cell(text: str | None) -> Cell:
-    if text is None:
-        return MISSING
-    return Cell(text if len(text) <= 80 else f"{text[:77]}...", as_value(text))
 
 
 def _score_cell(score: Score | None, column: ResultColumn, run: Run) -> Cell:
