@@ -12,12 +12,22 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import functional as vision
 
-from eval.look import command, reconstructions, views
+from eval.look import command, pretext, reconstructions, views
 from eval.look.masked import errors, flat_patches, hidden_pixels, reconstruct, usual_ratios, whole_output
 from eval.look.places import accuracy, ask, confusion
 from eval.look.result import DoesNotApply
 from eval.look.run_views import RunViews
-from eval.look.shortcuts import divide, grid_cell, middles, probe_class, probe_place, random_corners, shifted_patches
+from eval.look.shortcuts import (
+    ClassProbe,
+    PlaceProbe,
+    divide,
+    grid_cell,
+    middles,
+    probe_class,
+    probe_place,
+    random_corners,
+    shifted_patches,
+)
 from eval.look.view_parameters import drawn_values, in_words
 from ssl import checkpoint, pretrain
 from ssl.data.policies import OPERATIONS
@@ -452,6 +462,19 @@ def test_a_setting_without_effect_on_this_method_is_refused(method, word, runs):
         command.run(look_config(runs[method][0], "pretext", word))
 
 
+def test_the_images_that_a_person_names_are_shown_first(runs, tmp_path):
+    words = [f"out={tmp_path}", "pretext.sample=30", "split=train", "indices=[60,2]"]
+    command.run(look_config(runs["relative_location"][0], "pretext", *words))
+    data = json.loads((tmp_path / "pretext.json").read_text())["data"]
+    assert [each["index"] for each in data["shown"]] == [60, 2]
+
+
+def test_files_are_too_few_to_ask_about_and_that_is_said(runs, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    with pytest.raises(DoesNotApply, match="data=folder"):
+        pretext.look(scene(runs["relative_location"][0], "pretext", f"images={tmp_path / 'one.png'}"))
+
+
 # ---- shortcuts -----------------------------------------------------------------------------------------------------
 
 
@@ -559,3 +582,56 @@ def test_a_vignette_that_all_photos_share_is_found_from_the_command_line(backbon
     metrics = command.run(look_config("random", "pretext", *words, "pretext.sample=60"))["metrics"]
     assert metrics["pretext.place_r2_x"] > 0.8
     assert metrics["pretext.place_r2_y"] < 0.2
+
+
+@pytest.mark.parametrize("kind", ["mae", "simclr", "export"])
+def test_any_backbone_is_probed_beside_itself_untrained(kind, runs, tmp_path):
+    folder = runs["simclr" if kind == "export" else kind][0]
+    words = [
+        f"out={tmp_path / 'out'}",
+        "split=train",
+        "pretext.sample=60",
+        "pretext.patches=2",
+        "pretext.patch_size=12",
+    ]
+    if kind == "export":
+        folder = checkpoint.export(checkpoint.load_backbone(folder), tmp_path / "export")
+        words += ["data=embedded", "data.source.num_train=60"]
+    metrics = command.run(look_config(folder, "pretext", *words))["metrics"]
+    data = json.loads((tmp_path / "out" / "pretext.json").read_text())["data"]["shortcuts"]
+    assert data["patches"] == 120
+    assert data["patch_size"] == [12, 12]
+    assert "pretext.accuracy" not in metrics
+    for name in ("cell_top1", "place_r2_x", "place_r2_y", "channel_top1"):
+        assert {f"pretext.{name}", f"pretext.{name}_untrained"} <= set(metrics)
+    assert metrics["pretext.cell_top1"] == data["trained"]["cell"]["top1"]
+
+
+def test_images_of_one_channel_have_no_channel_to_displace(tmp_path):
+    for number in range(30):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    data = ["data=folder", f"data.root={tmp_path}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.25]"]
+    words = ["model=resnet10", *data, f"out={tmp_path / 'out'}", "split=train", "pretext.sample=30"]
+    metrics = command.run(look_config("random", "pretext", *words))["metrics"]
+    assert set(metrics) == {"pretext.cell_top1", "pretext.place_r2_x", "pretext.place_r2_y"}
+
+
+def shortcuts_of(*, x: float, y: float, channel: float) -> pretext.Shortcuts:
+    """Probes that found as much, with small errors."""
+    cell = ClassProbe(0.2, 0.01, 1 / 9, 0.11, 0.01, 100, 50)
+    return pretext.Shortcuts(
+        cell, PlaceProbe(x, y, 0.01, 0.01, 0.0, 0.0), ClassProbe(channel, 0.01, 0.25, 0.25, 0.01, 100, 50)
+    )
+
+
+def test_what_is_said_follows_what_training_has_changed():
+    before = shortcuts_of(x=0.1, y=0.1, channel=0.3)
+
+    def said(**after: float) -> str:
+        return " ".join(pretext.findings(shortcuts_of(**after), before, relative=True))
+
+    assert "from left to right too" in said(x=0.2, y=0.1, channel=0.3)
+    assert "how high" in said(x=0.1, y=0.2, channel=0.3)
+    assert "method.colour=drop" in said(x=0.1, y=0.1, channel=0.4)
+    assert "no sign" in said(x=0.12, y=0.09, channel=0.31)

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from eval.look.drawing import BAD, GOOD, boxed, captioned, colour, enlarged, figure_pixels, framed, plot
 from eval.look.places import Answers, accuracy, ask, confusion
-from eval.look.result import Look
+from eval.look.result import DoesNotApply, Look
 from eval.look.scene import Scene, sample_index
 from eval.look.shortcuts import (
     GRID,
@@ -28,7 +28,7 @@ from eval.look.shortcuts import (
     random_corners,
     shifted_patches,
 )
-from eval.look.views import run_recipe, run_views, side_by_side
+from eval.look.views import label, run_recipe, run_views, side_by_side
 from ssl.config import plain
 from ssl.data.sources import UNLABELLED, Source
 from ssl.methods.relative_location import CENTRE, NEIGHBOURS, PLACES, RelativeLocation, cut
@@ -109,6 +109,8 @@ def is_relative_location(scene: Scene) -> bool:
 def check_settings(scene: Scene, *, relative: bool) -> None:
     """Raise ValueError for settings that are out of range or have no effect on this checkpoint."""
     settings = plain(scene.config.pretext)
+    if scene.config.images is not None:
+        raise DoesNotApply("images= names too few to ask about; give data=folder data.root=PATH instead, or indices=")
     for key in ("sample", "shift"):
         if settings[key] < 1:
             raise ValueError(f"pretext.{key} must be at least 1, got {settings[key]}")
@@ -135,7 +137,7 @@ def _answers(
     """(pictures, data, metrics, lines) of relative location's own question, and its patches for the probes."""
     method = scene.method()
     assert isinstance(method, RelativeLocation)
-    view, noise, index, labels = _views(scene, method)
+    view, noise, index = _views(scene, method)
     batches = [
         ask(method, *each) for each in zip(view.split(scene.config.batch_size), noise.split(scene.config.batch_size))
     ]
@@ -144,9 +146,9 @@ def _answers(
     )
     counts = confusion(answers.predicted)
     share, error = accuracy(answers.predicted)
-    few = min(scene.config.num_images, len(index))
+    source, few = scene.source(scene.split), _num_shown(scene, len(index))
+    labels = [label(_class_name(source, each), source.describe(each), each) for each in index[:few].tolist()]
     picture = _answer_picture(scene, method, view[:few], answers, labels)
-    source = scene.source(scene.split)
     pictures = {"": picture, "confusion": _confusion_plot(counts, share, error, len(index))}
     data = {
         "split": scene.split,
@@ -192,29 +194,39 @@ def _answers(
     return pictures, data, {"accuracy": share}, lines, patches
 
 
-def _views(scene: Scene, method: RelativeLocation) -> tuple[Tensor, Tensor, np.ndarray, list[str | None]]:
-    """(views, noise, indices, classes) of a sample of the split, as training shows them in `pretext.epoch`."""
-    source = scene.source(scene.split)
-    views = run_views(scene, source, run_recipe(scene), method)
-    index = sample_index(source, int(scene.config.pretext.sample), scene.seed)
-    first = index if scene.config.indices is None else np.array(plain(scene.config.indices), np.int64)
-    chosen = sample_index(source, min(scene.config.num_images, len(index)), scene.seed)
-    index = np.array(list(dict.fromkeys([*(first if scene.config.indices is not None else chosen), *index])), np.int64)
+def _views(scene: Scene, method: RelativeLocation) -> tuple[Tensor, Tensor, np.ndarray]:
+    """(views, noise, indices) of a sample of the split, as training shows them in `pretext.epoch`."""
+    views = run_views(scene, scene.source(scene.split), run_recipe(scene), method)
+    index = _sample(scene)
     seen = views.seen(views.drawn(index.tolist(), epoch=int(scene.config.pretext.epoch)))
     readable = torch.from_numpy(~np.isin(index, list(views.loader.bad)))
-    labels = [_class_name(source, int(each)) for each in index[readable.numpy()]]
-    return seen["views"][0][readable], seen["noise"][readable], index[readable.numpy()], labels
+    return seen["views"][0][readable], seen["noise"][readable], index[readable.numpy()]
+
+
+def _sample(scene: Scene) -> np.ndarray:
+    """Indices of the images that are asked about, those to show before the others."""
+    source, settings = scene.source(scene.split), scene.config
+    sample = sample_index(source, int(settings.pretext.sample), scene.seed)
+    first = sample_index(source, settings.num_images, scene.seed)
+    if settings.indices is not None:
+        first = scene.shown().index
+    return np.array(list(dict.fromkeys([*first, *sample])), np.int64)
+
+
+def _num_shown(scene: Scene, num: int) -> int:
+    """How many of `num` images of `_sample` are shown."""
+    return min(scene.config.num_images if scene.config.indices is None else len(scene.config.indices), num)
 
 
 def _class_name(source: Source, index: int) -> str | None:
-    label = source.labels[index]
-    if np.ndim(label) or label == UNLABELLED or source.classes is None:
+    number = source.labels[index]
+    if np.ndim(number) or number == UNLABELLED or source.classes is None:
         return None
-    return source.classes[int(label)]
+    return source.classes[int(number)]
 
 
 def _answer_picture(
-    scene: Scene, method: RelativeLocation, view: Tensor, answers: Answers, labels: Sequence[str | None]
+    scene: Scene, method: RelativeLocation, view: Tensor, answers: Answers, labels: Sequence[str]
 ) -> np.ndarray:
     rows: list[list[np.ndarray | None]] = []
     captions: list[list[str | None]] = []
@@ -226,10 +238,10 @@ def _answer_picture(
             [
                 _with_patches(pixels, method, answers.corners[place], right),
                 _patches_as_given(answers.patches[place]),
-                _little_maps(probabilities[place], brightest),
+                _little_maps(probabilities[place], brightest, side=max((max(_large(pixels).shape[:2]) - 20) // 9, 8)),
             ]
         )
-        captions.append([labels[place] or f"image {place}", "as the backbone is given them", _found(right)])
+        captions.append([labels[place], "as the backbone is given them", _found(right)])
     title = (
         "Relative location: where does a patch lie beside the centre? Left, the patches in the view: blue where the "
         "place was found, vermilion where it was not. Right, a map for each neighbour: the probability of each of the "
@@ -244,13 +256,21 @@ def _found(right: Tensor) -> str:
 
 
 def _with_patches(pixels: np.ndarray, method: RelativeLocation, corners: Tensor, right: Tensor) -> np.ndarray:
-    factor = max(round(TILE / max(pixels.shape[:2])), 1)
+    factor = _factor(pixels)
     height, width = (side * factor for side in method.patch_size)
     boxes = [(top * factor, left * factor, height, width) for top, left in corners.tolist()]
     inks = [(255, 255, 255)] * 9
     for cell, found in zip(NEIGHBOURS, right.tolist()):
         inks[cell] = GOOD if found else BAD
-    return boxed(enlarged(pixels, factor), boxes, inks)
+    return boxed(_large(pixels), boxes, inks)
+
+
+def _factor(pixels: np.ndarray) -> int:
+    return max(round(TILE / max(pixels.shape[:2])), 1)
+
+
+def _large(pixels: np.ndarray) -> np.ndarray:
+    return enlarged(pixels, _factor(pixels))
 
 
 def _patches_as_given(patches: Tensor) -> np.ndarray:
@@ -263,9 +283,11 @@ def _patches_as_given(patches: Tensor) -> np.ndarray:
     return _in_grid([enlarged(each, factor) for each in pixels])
 
 
-def _little_maps(probabilities: np.ndarray, brightest: float) -> np.ndarray:
-    """A 3x3 map of the eight probabilities (8, 8) in the place of each neighbour, its true place framed."""
-    side = 14
+def _little_maps(probabilities: np.ndarray, brightest: float, *, side: int) -> np.ndarray:
+    """A 3x3 map of the eight probabilities (8, 8) in the place of each neighbour, its true place framed.
+
+    A cell of a map has `side` pixels.
+    """
     maps: list[np.ndarray] = []
     for neighbour in range(len(PLACES)):
         heat = np.zeros((3, 3))
@@ -320,9 +342,8 @@ def _confusion_plot(counts: np.ndarray, share: float, error: float, num: int) ->
 def _random_patches(scene: Scene) -> Patches:
     """Patches at random places of a sample's central views, each resized to what the backbone takes."""
     settings = plain(scene.config.pretext)
-    source = scene.source(scene.split)
-    index = sample_index(source, settings["sample"], scene.seed)
-    views = scene.views_of(source, index)
+    index = _sample(scene)
+    views = scene.views_of(scene.source(scene.split), index)
     index, image = index[views.index], scene.normalised(views)  # (B, C, H, W)
     height, width = scene.image_size
     side = settings["patch_size"]
@@ -355,8 +376,10 @@ def shortcuts(backbone: nn.Module, patches: Patches, scene: Scene) -> Shortcuts:
     if scene.channels == 1:
         return Shortcuts(cell, place, None)
     features = features_of(patches.shifted, read, batch_size=scene.config.batch_size)
-    label = patches.channel.flatten() + 1  # 0 for none
-    return Shortcuts(cell, place, probe_class(features, label, image, num_classes=scene.channels + 1, seed=scene.seed))
+    shifted = patches.channel.flatten() + 1  # 0 for none
+    return Shortcuts(
+        cell, place, probe_class(features, shifted, image, num_classes=scene.channels + 1, seed=scene.seed)
+    )
 
 
 def _reader(backbone: nn.Module, scene: Scene) -> Callable[[Tensor], Tensor]:
@@ -370,7 +393,7 @@ def _reader(backbone: nn.Module, scene: Scene) -> Callable[[Tensor], Tensor]:
 
 def _patch_picture(scene: Scene, patches: Patches) -> np.ndarray:
     """A few patches, untouched and with a channel displaced."""
-    few = min(scene.config.num_images, len(patches.image))
+    few = _num_shown(scene, len(patches.image))
     names = ("red", "green", "blue") if scene.channels == 3 else tuple(map(str, range(scene.channels)))
     whole = to_uint8(patches.plain[:few, 0], scene.mean, scene.std)
     moved = to_uint8(patches.shifted[:few, 0], scene.mean, scene.std)
@@ -466,10 +489,10 @@ def _shortcut_lines(found: Mapping[str, Shortcuts], *, relative: bool) -> list[s
     trained, untrained = found.get("trained"), found.get("untrained")
     if trained is None or untrained is None:
         return [*lines, "there are no trained weights to compare with"]
-    return [*lines, *_findings(trained, untrained, relative=relative)]
+    return [*lines, *findings(trained, untrained, relative=relative)]
 
 
-def _findings(trained: Shortcuts, untrained: Shortcuts, *, relative: bool) -> list[str]:
+def findings(trained: Shortcuts, untrained: Shortcuts, *, relative: bool) -> list[str]:
     """What training has made easier to tell from a single patch, and what a person may do."""
     x, y = (
         _more(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def look(scene: Scene) -> Look:
         ]
         boxes = [tuple(each["box"].values()) for of_epoch in values for each in of_epoch]
         tiles: list[np.ndarray | None] = [_marked(original, boxes)]
-        texts: list[str | None] = [f"{size[0]}×{size[1]}" + _class_note(shown.truth(place))]
+        texts: list[str | None] = [
+            f"{label(shown.truth(place), shown.names[place], index)}\n{size[0]}×{size[1]} pixels"
+        ]
         for number, (epoch, batch) in enumerate(zip(epochs, seen, strict=True)):
             for view, each in enumerate(batch["views"]):
                 pixels = _large(to_uint8(each[place : place + 1], scene.mean, scene.std)[0])
@@ -245,8 +248,9 @@ def _told(view: View) -> dict[str, Any]:
     }
 
 
-def _class_note(name: str | None) -> str:
-    return f", {name}" if name is not None else ""
+def label(truth: str | None, name: str, index: int) -> str:
+    """What an image is called under its picture: its class, else its file, else its number."""
+    return truth or (Path(name).name if Path(name).suffix else f"image {index}")
 
 
 def _lines(described: Sequence[Mapping[str, Any]], recipe: Sequence[View], when: str) -> list[str]:
