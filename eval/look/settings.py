@@ -122,7 +122,7 @@ class GradientAscentConfig:
     num_units: int = 6
     place: str = "mean"  # of a map: mean of all places, or centre
     steps: int = 80
-    step_size: float = 0.1  # mean change of a value in a step, in standard deviations of the data
+    step_size: float = 0.1  # mean change of a value in the first step, in standard deviations of the data
     jitter: int | None = None  # pixels by which the image is moved in a step, at most; null: 1/16 of the shorter side
     l2_decay: float = 0.005  # share of the image that is lost in a step
     blur_every: int = 4  # steps; 0: never
