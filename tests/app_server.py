@@ -81,7 +81,7 @@ def serving(ckpt: Path | str, *words: str) -> Iterator[Served]:
     """Serve a checkpoint on a free port; the requests that wait when it connects are answered once it runs."""
     server = make_server(app_config(ckpt, *words))
     with listen("127.0.0.1", 0) as place:
-        http_server = make_uvicorn(server.app(names_of("127.0.0.1")))
+        http_server = make_uvicorn(server.app(names_of("127.0.0.1")), server.worker)
         thread = threading.Thread(target=http_server.run, kwargs={"sockets": [place]})
         thread.start()
         try:
@@ -89,7 +89,6 @@ def serving(ckpt: Path | str, *words: str) -> Iterator[Served]:
         finally:
             http_server.should_exit = True
             thread.join(20)
-            server.worker.close()
 
 
 def png_of(width: int, height: int) -> bytes:

@@ -188,7 +188,7 @@ def test_a_convnet_shows_its_gradients_and_a_vision_transformer_its_attention_to
         (served, ["Grad-CAM", "SmoothGrad"]),
         (served_mae, ["Attention", "Roll-out", "Grad-CAM", "SmoothGrad"]),
     ):
-        maps = each.post("/api/look", png(noisy())).values["maps"]
+        maps = each.post("/api/maps", png(noisy())).values["maps"]
         assert [found["title"] for found in maps] == titles
         for found in maps:
             pixels = picture(found["picture"])
@@ -212,7 +212,7 @@ def test_the_attention_that_is_shown_is_brightest_where_the_class_token_looks(se
     query, key, _ = kept[0].reshape(1, -1, 3, block.num_heads, block.head_dim).permute(2, 0, 3, 1, 4)
     attention = (query @ key.transpose(-2, -1) * block.head_dim**-0.5).softmax(-1).mean(1)[0, 0, 1:]  # (N,)
     (found,) = [
-        each for each in served_mae.post("/api/look", png(image)).values["maps"] if each["title"] == "Attention"
+        each for each in served_mae.post("/api/maps", png(image)).values["maps"] if each["title"] == "Attention"
     ]
     pixels = picture(found["picture"]).astype(float)
     grid = int(len(attention) ** 0.5)
@@ -715,11 +715,31 @@ def test_a_job_that_takes_too_long_is_given_up_and_keeps_its_place_until_it_ends
             with pytest.raises(Refused) as error:
                 await worker.run(end.wait, 20)
             found.append(str(error.value)[:15])
+        assert not worker.is_idle
         end.set()
-        worker.close()
         return found
 
     assert asyncio.run(wait()) == ["this took longe", "the model is bu"]
+
+
+def test_who_waits_when_the_server_stops_is_told_so():
+    async def stop() -> list:
+        worker, end, begun = Worker(queue=1, seconds=20), threading.Event(), threading.Event()
+
+        def slow() -> None:
+            begun.set()
+            end.wait(20)
+
+        waiting = [asyncio.create_task(worker.run(job)) for job in (slow, slow)]
+        await asyncio.to_thread(begun.wait, 20)
+        worker.close()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        end.set()
+        with pytest.raises(Refused, match="being stopped"):
+            await worker.run(slow)
+        return [(type(each), str(each)) for each in found]
+
+    assert asyncio.run(stop()) == [(Refused, "the server is being stopped")] * 2
 
 
 def test_jobs_run_one_at_a_time():

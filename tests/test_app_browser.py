@@ -72,7 +72,7 @@ def opened(browser: Browser, served: Served, **how: Any) -> Visit:
 
 def until(visit: Visit, script: str, arg: Any = None) -> None:
     """Wait until the function is true in the page. Playwright's own way evaluates text, which its policy bars."""
-    last = time.monotonic() + 20
+    last = time.monotonic() + 60
     while not visit.page.evaluate(script, arg):
         assert time.monotonic() < last, script
         visit.page.wait_for_timeout(20)
@@ -83,7 +83,8 @@ def finished(visit: Visit) -> str:
     until(
         visit,
         "() => /^Done/.test(document.getElementById('status').textContent) && "
-        "document.getElementById('result').getAttribute('aria-busy') === 'false'",
+        "document.getElementById('result').getAttribute('aria-busy') === 'false' && "
+        "document.getElementById('maps-part').getAttribute('aria-busy') === 'false'",
     )
     return visit.page.inner_text("#status")
 
@@ -293,6 +294,7 @@ def test_a_server_that_has_gone_is_told_in_words(browser, mae, tmp_path):
     run_dir = shutil.copytree(mae.server.inspector.scene.run_dir, tmp_path / "run")
     with serving(run_dir) as gone:
         visit = opened(browser, gone)
+        assert pictures_are_drawn(visit, "#example-list img") == 4
     visit.page.click("#example-list button")
     assert "does not answer" in complaint(visit)
 

@@ -142,11 +142,15 @@
   }
 
   function showMaps(maps) {
-    at("maps-part").hidden = maps.length === 0;
     at("maps").replaceChildren(...maps.map((map) => {
       const caption = make("figcaption", {}, [make("strong", { textContent: map.title }), ` ${map.note}`]);
       return make("figure", { className: "picture" }, [picture(map.picture, map.title), caption]);
     }));
+  }
+
+  function showRatio() {
+    const ratio = Number(at("ratio").value);
+    at("ratio-shown").textContent = percent(ratio) + (ratio === about.reconstruction.own ? ", as in training" : "");
   }
 
   function summary(found) {
@@ -180,17 +184,28 @@
       showSeen(found);
       showClasses(found.prediction);
       showNeighbours(found.neighbours);
-      showMaps(found.maps);
       at("result").hidden = false;
       say(summary(found));
+      busy(false);
       if (about.reconstruction) {
         put("true", found.seen, "The image as the model is shown it");
         await reconstruct();
       }
+      await maps(isLatest);
     } catch (error) {
       if (isLatest()) complain(error);
     } finally {
       if (isLatest()) busy(false);
+    }
+  }
+
+  async function maps(isLatest) {
+    at("maps-part").setAttribute("aria-busy", "true");
+    try {
+      const found = await send("api/maps", chosen, {}, isLatest);
+      if (isLatest()) showMaps(found.maps);
+    } finally {
+      if (isLatest()) at("maps-part").setAttribute("aria-busy", "false");
     }
   }
 
@@ -210,7 +225,7 @@
         ? " This model predicts patches without their mean and contrast, which are put back from the image: they are given, not predicted."
         : "";
       at("masked-note").textContent = `${hidden} hidden. Mean squared error there ${found.error.toFixed(4)}, of values in ` +
-        `0 to 1; with ${flat} in their place it were ${found.flat_error.toFixed(4)}.${told}`;
+        `0 to 1; with ${flat} in their place it would be ${found.flat_error.toFixed(4)}.${told}`;
       at("masked-part").hidden = false;
     } catch (error) {
       if (isLatest()) complain(error);
@@ -245,7 +260,7 @@
       if (event.clipboardData.files.length) takeFile(event.clipboardData.files);
     });
     const ratio = at("ratio");
-    ratio.addEventListener("input", () => { at("ratio-shown").textContent = percent(Number(ratio.value)); });
+    ratio.addEventListener("input", showRatio);
     ratio.addEventListener("change", reconstruct);
     at("again").addEventListener("click", () => { mask += 1; reconstruct(); });
   }
@@ -263,7 +278,7 @@
       const { least, most, own } = about.reconstruction;
       const inside = { min: Math.ceil(100 * least) / 100, max: Math.floor(100 * most) / 100, step: 0.01 };
       Object.assign(at("ratio"), { ...inside, value: own === null ? 0.75 : own });
-      at("ratio-shown").textContent = percent(Number(at("ratio").value));
+      showRatio();
     }
     showExamples();
   }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import socket
 import sys
 import time
@@ -89,13 +91,12 @@ def run(config: DictConfig) -> None:
                 file=sys.stderr,
             )
         print(f"serving on {address(config.host, place.getsockname()[1])}  (Ctrl-C stops it)", flush=True)
-        try:
-            make_uvicorn(server.app(names_of(config.host, list(config.names)))).run(sockets=[place])
-        except KeyboardInterrupt:  # which uvicorn passes on when it has closed its connections
-            pass
-        finally:
-            server.worker.close()
+        app = server.app(names_of(config.host, list(config.names)))
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn passes on when it has closed its connections
+            make_uvicorn(app, server.worker).run(sockets=[place])
     print("stopped", flush=True)
+    if not server.worker.is_idle:
+        os._exit(0)  # a job in torch cannot be interrupted, Python would wait for its end, and nobody else does
 
 
 def address(host: str, port: int) -> str:

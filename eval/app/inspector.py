@@ -66,8 +66,8 @@ class Group:
 class Inspector:
     """A checkpoint with the features of a sample of its images, ready to look at one image after the other.
 
-    One thread at a time may call `look` and `reconstruct`, any number `thumbnail`. Raises ValueError where the
-    checkpoint and its images do not go together.
+    One thread at a time may call `look`, `look_where` and `reconstruct`, any number `thumbnail`. Raises ValueError
+    where the checkpoint and its images do not go together.
     """
 
     def __init__(self, scene: Scene, config: DictConfig) -> None:
@@ -144,7 +144,7 @@ class Inspector:
         }
 
     def look(self, pixels: np.ndarray, *, known: tuple[str, int] | None = None) -> dict[str, Any]:
-        """All that is shown of an image (H, W, C) but its reconstruction; `known` is its group and place in it."""
+        """An image (H, W, C) as the model has it, its neighbours, its class; `known` is its group and place in it."""
         shown = self.shown(pixels)
         with torch.no_grad():
             feature = self.extract(shown.image).float().cpu()  # (1, D)
@@ -156,8 +156,11 @@ class Inspector:
             "size": f"{pixels.shape[1]:,} x {pixels.shape[0]:,}",
             "neighbours": [self._neighbour(*each) for each in list(zip(closeness, place))[: self.num_neighbours]],
             "prediction": self._predicted(pixels, closeness[: self.k], place[: self.k]),
-            "maps": [{**each, "picture": png_url(each["picture"])} for each in self.maps(shown)],
         }
+
+    def look_where(self, pixels: np.ndarray) -> dict[str, Any]:
+        """The maps of where the network looks in an image (H, W, C)."""
+        return {"maps": [{**each, "picture": png_url(each["picture"])} for each in self.maps(self.shown(pixels))]}
 
     def reconstruct(self, pixels: np.ndarray, *, mask_ratio: float, mask: int) -> dict[str, Any]:
         """What is hidden of an image (H, W, C) and what the method makes of it; `mask` numbers the random masks."""

@@ -19,7 +19,7 @@ from eval.look.saliency import attribute
 from eval.look.scene import Scene, Shown
 from eval.look.target import Target, head_of, make_target
 
-NOISE_SAMPLES = 8  # of SmoothGrad: half of eval.look's, as a person waits
+NOISE_SAMPLES = 4  # of SmoothGrad: fewer than eval.look's, as a person waits
 LEAST_SIDE = 224  # pixels of a map's picture
 
 

@@ -55,6 +55,7 @@ class Server:
             Route("/api/about", self.about),
             Route("/api/picture/{group}/{place:int}", self.picture),
             Route("/api/look", self.look, methods=["POST"]),
+            Route("/api/maps", self.maps, methods=["POST"]),
             Route("/api/reconstruct", self.reconstruct, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {Refused: refused, HTTPException: no_such_page, Exception: failed}
@@ -74,6 +75,10 @@ class Server:
         """What the backbone makes of the image in the body, or of one of the server's that the query names."""
         known = named_image(request)
         return await self._answer(request, functools.partial(self.inspector.look, known=known))
+
+    async def maps(self, request: Request) -> Response:
+        """Where the network looks in the image; apart from the rest, as it takes several times as long."""
+        return await self._answer(request, self.inspector.look_where)
 
     async def reconstruct(self, request: Request) -> Response:
         """What the method makes of the image with a share of it masked."""
@@ -170,7 +175,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on host={host} port={port}: {error.strerror or error}; {hint}") from error
 
 
-def make_uvicorn(app: ASGIApp) -> uvicorn.Server:
+class HttpServer(uvicorn.Server):
+    """uvicorn, which tells whoever waits for the model before it closes the connections."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self.worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.worker.close()
+        await super().shutdown(sockets)
+
+
+def make_uvicorn(app: ASGIApp, worker: Worker) -> HttpServer:
     """The HTTP server around the application: one process, plain HTTP, no log of who asked what."""
     config = uvicorn.Config(
         app,
@@ -186,4 +203,4 @@ def make_uvicorn(app: ASGIApp) -> uvicorn.Server:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=3,
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, worker)
