@@ -215,9 +215,9 @@ def ascend(
 ) -> Ascent:
     """An image for each unit that climbs its activation from seeded noise.
 
-    The mean change of a value in a step falls from `step_size` to 0. The noise is faint, and louder for units that have no gradient there, as those behind a ReLU may. Pixels stay ones
-    that an image can have. The last quarter of the steps is without jitter, so that the image fits where it lies, and
-    the last one is not regularised but for the range.
+    The mean change of a value in a step falls from `step_size` to 0. The noise is faint, and louder for units that have
+    no gradient there, as those behind a ReLU may. Pixels stay ones that an image can have. The last quarter of the
+    steps is without jitter, so that the image fits where it lies, and the last is not regularised but for the range.
     """
     if steps < 1 or step_size <= 0:
         raise ValueError(f"gradient_ascent needs 1 step or more of a size above 0, got {steps} and {step_size}")
