@@ -8,7 +8,9 @@ strength, or a dark ship on a flat sea would be every other dark ship.
 Measured on 1000 test images of CIFAR-10: of copies cropped by (1, 2) pixels, a fifth darker and saved as JPEG of
 quality 75, 99 % correlate by more than 0.92, as they do where they are 1.3 times as bright; JPEGs of quality 50, copies
 at half the resolution and with noise by more than 0.96. Of random pairs of one class 99 % lie below 0.62, of third
-nearest neighbours in feature space (SimCLR, 60 epochs), duplicates among them, 99 % below 0.78.
+nearest neighbours in feature space (SimCLR, 60 epochs), duplicates among them, 99 % below 0.78. What it takes for
+copies though they are none: drawn shapes of one kind, and ships and aircraft on an empty ground, where an outline is
+all there is. Of 60 pairs above 0.9 among CIFAR-10's 60,000 images, 5 were such by eye.
 """
 
 from __future__ import annotations
