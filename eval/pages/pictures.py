@@ -20,7 +20,7 @@ WIDE = 640
 FIGURE = """\
 <figure class="picture"><div class="scroll"{% if size[0] > WIDE %} tabindex="0"{% endif %}>
 <img{% if size[0] > WIDE %} class="wide"{% endif %} src="{{ uri }}" alt="{{ alt }}" width="{{ size[0] }}"
- height="{{ size[1] }}" decoding="async"></div>
+ height="{{ size[1] }}"></div>
 {% if caption or note %}<figcaption>{{ caption }}{{ note }}</figcaption>{% endif %}</figure>
 """.replace("WIDE", str(WIDE))
 KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}

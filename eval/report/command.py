@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from eval.compare import spell_out
 from eval.config import EvalDataConfig, register
-from eval.look.result import DoesNotApply
+from eval.look.result import DoesNotApply, Look
 from eval.look.settings import LookConfig
 from eval.look.table import LOOKS
 from eval.pages.page import write_page
@@ -87,8 +86,8 @@ def _page_of(path: Path, config: DictConfig) -> str:
     return run_page(run, made=made, notes=said)
 
 
-def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """Pictures of the last checkpoint by what they show, and what was left out and why."""
+def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, Look], list[str]]:
+    """Looks at the last checkpoint by name, and what was left out and why."""
     names = _method_looks(run) if config.looks is None else list(config.looks)
     unknown = [name for name in names if name not in LOOKS]
     if unknown:
@@ -99,7 +98,8 @@ def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, list[np.ndarra
         return {}, ["no pictures of features: the run has written no checkpoint yet"]
     from eval.look.scene import Scene
 
-    made, said = {}, []
+    made: dict[str, Look] = {}
+    said: list[str] = []
     try:
         scene = Scene(_look_config(run, config))
     except (ValueError, OSError) as error:
@@ -107,14 +107,13 @@ def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, list[np.ndarra
     for name in names:
         began = time.perf_counter()
         try:
-            look = LOOKS[name].load()(scene)
+            made[name] = LOOKS[name].load()(scene)
         except DoesNotApply as error:
             said += [f"{name}: left out: {error}"] if config.looks is not None else []
             continue
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             said.append(f"{name} could not be made: {error}")
             continue
-        made[name] = list(look.pictures.values())
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
     return made, said
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from eval.look.result import Look
 from eval.pages.page import render
 from eval.pages.pictures import embedded
 from eval.report.gather import RunFolder
@@ -29,18 +30,16 @@ KINDS = {
 }
 
 
-def pictures(
-    run: RunFolder, *, made: Mapping[str, Sequence[np.ndarray]], notes: Sequence[str] = (), during: bool = False
-) -> Markup:
+def pictures(run: RunFolder, *, made: Mapping[str, Look], notes: Sequence[str] = (), during: bool = False) -> Markup:
     """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind; `notes`
     says which could not be. `during` is true of a page that the run itself makes.
     """
     names = [*KINDS, *sorted({*run.pictures, *made} - KINDS.keys())]
     said = render('{% for note in notes %}<p class="warning">{{ note }}</p>{% endfor %}', notes=notes)
-    return said + Markup("").join(_kind(run, name, made.get(name, ()), during) for name in names)
+    return said + Markup("").join(_kind(run, name, made.get(name), during) for name in names)
 
 
-def _kind(run: RunFolder, name: str, made: Sequence[np.ndarray], during: bool) -> Markup:
+def _kind(run: RunFolder, name: str, made: Look | None, during: bool) -> Markup:
     title, words = KINDS.get(name, (name, ""))
     taken = run.pictures.get(name, [])
     shown: list[tuple[str, Path | np.ndarray]] = []
@@ -49,22 +48,38 @@ def _kind(run: RunFolder, name: str, made: Sequence[np.ndarray], during: bool) -
         shown = [(f"Step {last:,}" + (", the newest" if last != first else ""), last_path)]
         if last != first and name != "views":  # those of the first images are the same at each step
             shown = [(f"Step {first:,}, the first that was kept", first_path), *shown]
-    if made:
+    if made is not None:
         step = run.saved.step if run.saved else run.step
-        shown = [(f"Step {step:,}, the last checkpoint", picture) for picture in made]
+        shown = [
+            (f"Step {step:,}, the last checkpoint{': ' + each.replace('_', ' ') if each else ''}", picture)
+            for each, picture in made.pictures.items()
+        ]
     if not shown and not _applies(run, name):
         return Markup("")
     figures = [_figure(f"{title}, {caption.lower()}. {words}", caption, picture) for caption, picture in shown]
     return render(
         '<h3 id="picture-{{ id }}">{{ title }}</h3><p class="soft">{{ words }}</p>'
         '{% if figures %}<div class="pair">{% for figure in figures %}{{ figure }}{% endfor %}</div>'
-        "{% else %}<p>{{ why }}</p>{% endif %}",
+        "{% else %}<p>{{ why }}</p>{% endif %}"
+        "{% if lines %}<ul>{% for line in lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}",
+        lines=_lines(run, name, made),
         id=name,
         title=title,
         words=words,
         figures=figures,
         why=_why_missing(run, name, during),
     )
+
+
+def _lines(run: RunFolder, name: str, made: Look | None) -> list[str]:
+    """What a look says of itself, without the page that only `eval.look` writes."""
+    if made is None:
+        return []
+    files = tuple(f"{name}_{page}.html" if page else f"{name}.html" for page in made.pages)
+    lines = [line for line in made.lines if not line.startswith(files)]
+    if made.pages:
+        lines.append(f"python -m eval.look ckpt={shlex.quote(str(run.path))} what={name} makes a page of it to move in")
+    return lines
 
 
 def _figure(alt: str, caption: str, picture: Path | np.ndarray) -> Markup:

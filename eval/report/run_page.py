@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import numpy as np
 from markupsafe import Markup
 
+from eval.look.result import Look
 from eval.pages.page import Section, page, render
 from eval.report.advice import warnings_of
 from eval.report.budget import Budget
@@ -49,11 +49,11 @@ def run_page(
     *,
     moment: Moment | None = None,
     spent: Spent | None = None,
-    made: Mapping[str, Sequence[np.ndarray]] | None = None,
+    made: Mapping[str, Look] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
     """The page as HTML. `moment` is where the run is, as it knows itself better than its folder does; `spent` is told
-    at the foot of a page that was made while it ran. `made` are pictures of the last checkpoint by what they show, and
+    at the foot of a page that was made while it ran. `made` are looks at the last checkpoint by name, and
     `notes` says which could not be made.
     """
     state = moment.state if moment else run.state
