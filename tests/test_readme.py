@@ -30,6 +30,8 @@ SMALL = {
     "eval.predict": "device=cpu top=1",
     "eval.features": "device=cpu",
     "eval.export": "",
+    "eval.report": "",
+    "eval.look": "device=cpu num_images=2 sample=20",
     "ssl.prepare": "",
     "ssl.models": "",
 }
