@@ -28,7 +28,8 @@
     made.yaxis.title = undefined;  // the caption says it
     if (chart.kind === "scatter") made.yaxis.title = { text: chart.data.y, standoff: 6 };
     if (chart.log) made.yaxis.type = "log";
-    if (chart.data.log_x) Object.assign(made.xaxis, { type: "log", exponentformat: "power" });
+    if (chart.data.log_x) made.xaxis.type = "log";
+    if (["step", "images"].includes(chart.axis)) made.xaxis.exponentformat = "SI";  // 2M, which hours would not be
     if (chart.data.percent) Object.assign(made.yaxis, { tickformat: ".3~%", rangemode: "nonnegative" });
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
