@@ -210,12 +210,14 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(tmp_
     assert [each.key for each in recipe_settings(recipes) if each.differs] == ["trainer.clip_grad_norm"]
 
 
-def test_the_value_that_most_recipes_do_not_have_is_marked(tmp_path):
+def test_a_value_is_marked_where_most_recipes_have_another_or_all_differ(tmp_path):
     for name, lr in (("a", 0.001), ("b", 0.1), ("c", 0.001)):
         write_run(tmp_path / name, {"optim.base_lr": lr, "model.name": f"net_{name}"})
     text = write([tmp_path], tmp_path / "comparison.html").read_text()
     row = text[text.index('<th scope="row">optim.base_lr</th>') :].partition("</tr>")[0]
     assert [part.partition("</td>")[0] for part in row.split("<td")[1:]] == [">0.001", ' class="marked">0.1', ">0.001"]
+    row = text[text.index('<th scope="row">model.name</th>') :].partition("</tr>")[0]
+    assert row.count('class="marked"') == 3
 
 
 def test_recipes_that_are_many_are_listed_by_value(tmp_path):

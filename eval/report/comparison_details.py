@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from markupsafe import Markup
 
 from eval.pages.page import render
 from eval.protocols import brief, identity
-from eval.report.comparison_recipes import Recipe, Setting, free_settings
+from eval.report.comparison_recipes import Recipe, Setting, as_text, free_settings
 from eval.report.comparison_results import Protocol, numbers_of
 from eval.report.comparison_runs import Run
 
@@ -71,7 +70,7 @@ def protocols_section(protocols: Sequence[Protocol]) -> Markup:
 
 
 def _about(protocol: Protocol) -> Mapping[str, Any]:
-    text = json.dumps(identity(protocol.example), indent=1, sort_keys=True, default=str)
+    text = "\n".join(f"{name}: {as_text(value)}" for name, value in sorted(identity(protocol.example).items()))
     cut = len(text) - LONGEST_PROTOCOL
     results = [
         {
@@ -106,7 +105,7 @@ MATRIX = """\
 <tbody>
 {% for each in settings %}
 <tr><th scope="row">{{ each.key }}</th>
-{%- for value in each.values %}<td{% if value != each.usual %} class="marked"{% endif %}>{{ brief(value) }}</td>
+{%- for value in each.values %}<td{% if each.is_odd(value) %} class="marked"{% endif %}>{{ brief(value) }}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
@@ -125,8 +124,8 @@ COUNTED = """\
 RECIPES = """\
 {% if number == 0 %}<p>None of these was trained, so there is no recipe.</p>
 {% elif number == 1 %}<p>All runs have one recipe.</p>
-{% else %}<p>{{ number }} recipes; {{ differing }} settings differ. A value that is not the one that most have is
-marked; – is a setting that a recipe does not have.</p>
+{% else %}<p>{{ number }} recipes; {{ differing }} settings differ. A value is marked where most have another one, or
+all have different ones; – is a setting that a recipe does not have.</p>
 {% endif %}
 {{ differences }}
 {% if equal %}
@@ -137,7 +136,7 @@ marked; – is a setting that a recipe does not have.</p>
 {% endfor %}</tbody></table></div></details>
 {% endif %}
 {% if num_free %}
-<details><summary>{{ num_free }} settings that may differ between runs of one recipe, and do</summary>
+<details><summary>Free settings that differ: {{ num_free }}, which do not make another recipe</summary>
 {{ free }}</details>
 {% endif %}
 """

@@ -48,10 +48,10 @@ class Setting:
     def differs(self) -> bool:
         return len(set(self.values)) > 1
 
-    @property
-    def usual(self) -> str | None:
-        """The value that most have; the first of equally many."""
-        return max(dict.fromkeys(self.values), key=list(self.values).count)
+    def is_odd(self, value: str | None) -> bool:
+        """Whether a value is not the one that most have, the first of equally many; each where all are different."""
+        usual = max(dict.fromkeys(self.values), key=list(self.values).count)
+        return value != usual or len(set(self.values)) == len(self.values) > 1
 
 
 def complete_configs(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -100,21 +100,22 @@ def read_runs(given: Sequence[Path]) -> tuple[list[Run], list[SweepFolder]]:
     A folder is a run, a sweep, or has runs in it. Raises ValueError where it is none of them.
     """
     sweeps: list[SweepFolder] = []
-    found: dict[Path, Job | None] = {}
+    found: dict[Path, tuple[Path, Job | None]] = {}
     without: dict[str, tuple[Path, Job]] = {}
     for folder in given:
         sweep = read_sweep(folder) if folder.is_dir() else None
         if sweep is None:
-            found |= {path: found.get(path) for path in map(Path.resolve, find_runs(folder))}
+            for path in find_runs(folder):
+                found.setdefault(path.resolve(), (path, None))
             continue
         sweeps.append(sweep)
-        found |= {job.out.resolve(): job for job in sweep.jobs if job.out is not None}
+        found |= {job.out.resolve(): (job.out, job) for job in sweep.jobs if job.out is not None}
         for job in sweep.jobs:
             if job.out is None:
                 without[f"{folder.name}/{job.number}"] = (folder / str(job.number), job)
     if len(found) + len(without) > MOST_RUNS:
         raise ValueError(f"{len(found) + len(without):,} runs are too many for a page; give at most {MOST_RUNS:,}")
-    rows = [(name, path, job) for name, (path, job) in zip(short_names(list(found)), found.items())]
+    rows = [(name, path, job) for name, (path, job) in zip(short_names(list(found)), found.values())]
     rows += [(name, path, job) for name, (path, job) in without.items()]
     return [each for name, path, job in rows for each in _read(path, name, job)], sweeps
 

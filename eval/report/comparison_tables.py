@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from eval.pages.page import render
 from eval.pages.sortable import MISSING, Cell, Column, Row, SortableTable, number_cell, text_cell
-from eval.report.comparison_recipes import ACTS, Recipe, as_text, complete_configs, recipe_settings
+from eval.report.comparison_recipes import ACTS, SEED, Recipe, as_text, complete_configs, recipe_settings
 from eval.report.comparison_results import ResultColumn, Score, over_runs, score_of
 from eval.report.comparison_runs import NOT_TRAINED, UNREADABLE, Run
 from eval.report.comparison_sweep import SweepFolder, as_value
@@ -54,6 +54,7 @@ def runs_section(
         *([Column(objective, ["what the sweep judged its runs by"])] if judged else []),
         *(replace(each, hidden=each.hidden or bool(swept)) for each in settings),
         *_result_heads(shown),
+        *([] if SEED in swept else [Column(SEED, hidden=True)]),
         Column("epochs", hidden=bool(shown)),
         Column("steps", hidden=True),
         Column("last loss", ["of training, each method's own"], hidden=bool(shown)),
@@ -71,6 +72,7 @@ def runs_section(
             *([number_cell(run.job.objective if run.job else None)] if judged else []),
             *(_value_cell(key, config) for key in keys),
             *(_score_cell(score_of(run.results, column), column, run) for column in shown),
+            *([] if SEED in swept else [_value_cell(SEED, config)]),
             *_progress_cells(run),
             text_cell(str(run.path)),
         ]
@@ -189,7 +191,7 @@ def _mean_cell(recipe: Recipe, column: ResultColumn) -> Cell:
     lines = []
     if recipe.runs[0].config:
         number = len(score.values)
-        seeds = len({run.config.get("seed") for run, each in scores if each is not None})
+        seeds = len({run.config.get(SEED) for run, each in scores if each is not None})
         told = f"{number} seeds" if seeds == number else f"{number} runs of {'one seed' if seeds == 1 else seeds}"
         lines.append("one seed" if score.spread is None else f"± {_spread(score.spread, column)}, {told}")
         if number < len(recipe.runs):
