@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -97,13 +98,16 @@ def test_only_the_foreground_is_coloured_and_by_components_of_its_own():
     assert (other == ~is_shown).all()
 
 
-def test_the_share_of_places_is_all_where_images_do_not_matter_and_an_eighth_of_noise_in_eight_images():
-    of_places = torch.randn(1, 16, 5, 5).expand(4, -1, -1, -1)
+def test_the_share_of_places_is_all_where_images_do_not_matter_half_where_half_does_and_nothing_of_noise():
+    generator = torch.Generator().manual_seed(0)
+    of_places = torch.randn(1, 64, 8, 8, generator=generator).expand(6, -1, -1, -1)
     assert place_share(of_places) == pytest.approx(1.0)
-    of_images = torch.randn(4, 16, 1, 1).expand(-1, -1, 5, 5)
-    assert place_share(of_images) == pytest.approx(0.0, abs=1e-6)
-    noise = torch.randn(8, 64, 12, 12, generator=torch.Generator().manual_seed(0))
-    assert place_share(noise) == pytest.approx(1 / 8, rel=0.05)
+    noise = torch.randn(6, 64, 8, 8, generator=generator)
+    of_images = torch.randn(6, 64, 1, 1, generator=generator).expand(-1, -1, 8, 8)
+    assert place_share(noise) == pytest.approx(0.0, abs=0.02)
+    assert place_share(of_images + 0.5 * noise) == pytest.approx(0.0, abs=0.02)
+    assert place_share(of_places + noise) == pytest.approx(0.5, abs=0.05)
+    assert math.isnan(place_share(noise[:1]))
 
 
 @pytest.mark.parametrize("family", ["ResNet", "Swin", "ViT", "ConvNeXt", "AlexNet", "DenseNet", "EfficientNet"])

@@ -142,8 +142,8 @@ def most_exciting(
     handle = model.get_submodule(places.layer).register_forward_hook(keep)
     value = torch.empty(places.num_units, 0)
     image, place = value.long(), value.long()
-    total, squares, low, high = 0, [], [], []
-    means: list[Tensor] = []
+    total = 0
+    means, squares, low, high = [], [], [], []
     try:
         for number, batch in batches:
             pooled_features(model, batch)
@@ -157,8 +157,8 @@ def most_exciting(
             order = value.argsort(dim=1, descending=True, stable=True)[:, :num_images]  # (C, k)
             value, image, place = (each.gather(1, order) for each in (value, image, place))
             total += seen.shape[0] * seen.shape[2]
-            means.append(seen.double().sum((0, 2)))
-            squares.append(seen.double().square().sum((0, 2)))
+            means.append(seen.sum((0, 2), dtype=torch.float64))
+            squares.append(seen.square().sum((0, 2), dtype=torch.float64))
             low.append(seen.amin((0, 2)))
             high.append(seen.amax((0, 2)))
     finally:

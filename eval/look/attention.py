@@ -48,7 +48,8 @@ def look(scene: Scene) -> Look:
                 shown,
                 of_heads,
                 of_rollout,
-                title=f"{names[layer]}, {meaning}; each map from its least to its greatest value",
+                title=f"{names[layer]}, {meaning}. Dark is 0, bright each map's greatest weight; below: how many times "
+                "the map's mean that is",
             ),
             "heads": _heads_picture(distance, entropy, _even_distance(grid_size, scene.image_size), scene.image_size),
         },
@@ -131,19 +132,25 @@ def _even_distance(grid_size: tuple[int, int], image_size: tuple[int, int]) -> f
 
 
 def _maps_picture(shown: Any, heads: np.ndarray, rolled: np.ndarray, *, title: str) -> np.ndarray:
-    """A row per image: itself, its heads' maps, their mean and the roll-out on it."""
+    """A row per image: itself, its heads' maps, their mean and the roll-out on it; all from 0 to their greatest."""
     num = min(heads.shape[1], HEADS_SHOWN)
     if num < heads.shape[1]:
         title += f"; the first {num} of {heads.shape[1]} heads"
     size = shown.pixels.shape[1:3]
     rows, captions = [], []
     for place in range(len(shown)):
-        mean = heads[place].mean(0)  # (h, w)
+        maps = [*heads[place, :num], heads[place].mean(0), rolled[place]]  # (h, w) each
+        bounds = [(0.0, float(each.max())) for each in maps]
         row = [shown.pixels[place]]
-        row += [colour(resized(each, size, smooth=False)) for each in heads[place, :num]]
-        row += [overlay(shown.pixels[place], each, smooth=False) for each in (mean, rolled[place])]
+        row += [colour(resized(each, size, smooth=False), bounds=ends) for each, ends in zip(maps, bounds[:num])]
+        row += [
+            overlay(shown.pixels[place], each, smooth=False, bounds=ends)
+            for each, ends in zip(maps[num:], bounds[num:])
+        ]
         rows.append(row)
-        captions.append([shown.truth(place), *(f"head {head}" for head in range(num)), "mean of heads", "roll-out"])
+        names = [*(f"head {head}" for head in range(num)), "mean", "roll-out"]
+        peaks = [f"{name}: {each.max() / max(each.mean(), 1e-12):.1f} x" for name, each in zip(names, maps)]
+        captions.append([shown.truth(place), *peaks])
     return captioned(rows, captions=captions, title=title)
 
 
@@ -169,5 +176,5 @@ def _heads_picture(
     right.set_ylim(0, 1.02)
     left.set_title(f"How far heads look ({image_size[0]} x {image_size[1]} pixels)", fontsize=10)
     right.set_title("How evenly heads look: 1 is over all tokens alike", fontsize=10)
-    left.legend(loc="lower left", fontsize=8)
+    left.legend(fontsize=8)
     return figure_pixels(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm.layers.attention as timm_attention
@@ -29,7 +29,7 @@ FUSIONS = ("mean", "min", "max")
 INSTEAD = "what=gradcam and what=occlusion show where any backbone looks"
 
 
-def check_attention(model: nn.Module, image_size: tuple[int, int]) -> dict[str, nn.Module]:
+def check_attention(model: nn.Module, image_size: tuple[int, int]) -> Mapping[str, nn.Module]:
     """The attention layers of a vision transformer by name. Raises DoesNotApply for a model without a global one."""
     name = type(model).__name__
     layers = {key: part for key, part in model.named_modules() if isinstance(part, (*READABLE, nn.MultiheadAttention))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def first_layer(model: nn.Module, image: Tensor) -> FirstLayer:
     """
     watch = _Watch(image)
     handles = [
-        part.register_forward_hook(lambda part, inputs, output, name=name: watch.meet(name, part, inputs[0], output))
+        part.register_forward_hook(partial(watch.meet, name))
         for name, part in model.named_modules()
         if isinstance(part, nn.Conv2d)
     ]
@@ -94,10 +95,11 @@ class _Watch(TorchDispatchMode):
         self.activation: str | None = None
         self.is_open = False
 
-    def meet(self, name: str, conv: nn.Conv2d, given: Tensor, output: Tensor) -> None:
+    def meet(self, name: str, conv: nn.Module, inputs: Any, output: Any) -> None:
         if self.conv is not None:
             return
-        self.name, self.conv, self.reads_image = name, conv, given.shape == self.image_shape
+        assert isinstance(conv, nn.Conv2d)
+        self.name, self.conv, self.reads_image = name, conv, inputs[0].shape == self.image_shape
         self.answers, self.is_open = output.clone(), True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,7 +86,7 @@ def look(scene: Scene) -> Look:
         lines=[
             f"three components hold {shares} of the variance of {len(found.score):,} tokens with {tokens.shape[1]} "
             "dimensions; alike colours are alike tokens, in all images",
-            _place_in_words(of_place, len(shown), settings.without_place),
+            *_place_in_words(of_place, settings.without_place),
             f"a token stands for {scene.image_size[0] / rows:.3g} x {scene.image_size[1] / columns:.3g} pixels "
             f"({rows} x {columns} of them)",
         ],
@@ -117,18 +118,23 @@ def token_map(model: nn.Module, image: Tensor, layer: int | None = None) -> Tens
 def place_share(tokens: Tensor) -> float:
     """How much of the variance of tokens (B, D, h, w) their place alone explains, whatever the image: 0 to 1.
 
-    The variance of the means over the images; where places mean nothing it is about 1/B.
+    What tokens of one place have in common in each two different images, so that it is 0 on average where places mean
+    nothing. NaN for one image.
     """
+    if len(tokens) < 2:
+        return math.nan
     tokens = tokens.double()
-    total = (tokens - tokens.mean((0, 2, 3), keepdim=True)).square().sum()
-    of_place = (tokens.mean(0) - tokens.mean((0, 2, 3))[:, None, None]).square().sum() * len(tokens)
-    return float(of_place / total) if total > 0 else 0.0
+    total = (tokens - tokens.mean((0, 2, 3), keepdim=True)).square().sum() / len(tokens)
+    within = tokens - tokens.mean((2, 3), keepdim=True)  # what the whole image has is no place's
+    pairs = (within.sum(0).square().sum() - within.square().sum()) / (len(tokens) * (len(tokens) - 1))
+    return max(float(pairs / total), 0.0) if total > 0 else 0.0
 
 
-def _place_in_words(share: float, num_images: int, is_removed: bool) -> str:
-    chance = f"{1 / num_images:.0%} with {num_images} images where places mean nothing"
+def _place_in_words(share: float, is_removed: bool) -> list[str]:
+    if math.isnan(share):
+        return []
     then = "it is taken out" if is_removed else "pca_tokens.without_place=true takes it out"
-    return f"{share:.0%} of the tokens' variance is their place on the image, whatever it shows ({chance}); {then}"
+    return [f"{share:.0%} of the tokens' variance is their place on the image, whatever it shows; {then}"]
 
 
 def _as_map(model: nn.Module, features: Tensor, image_size: tuple[int, int]) -> Tensor:
