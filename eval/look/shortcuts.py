@@ -20,12 +20,12 @@ from eval.lbfgs import solve_heads
 from ssl.methods.relative_location import cut
 from ssl.randomness import uniforms
 
-WEIGHT_DECAY = (1e-3, 1e-2, 1e-1, 1.0, 1e1)
+WEIGHT_DECAY = (1e-2, 1e-1, 1.0, 1e1)
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 1e1)
 GRID = 3
 FEWEST_IMAGES = 20
 SHUFFLES = 5
-MOST_ITERATIONS = 100
+MOST_ITERATIONS = 60
 
 Size = tuple[int, int]
 
@@ -92,7 +92,7 @@ def probe_class(features: Tensor, label: Tensor, image: np.ndarray, *, num_class
     parts = divide(image, seed=seed)
     hits = _class_hits(features, label, parts, num_classes)
     shuffled = [
-        _class_hits(features, _shuffled(label, parts, seed, number), parts, num_classes, truth=label).mean()
+        _class_hits(features, _shuffled(label, parts, seed, number), parts, num_classes).mean()
         for number in range(SHUFFLES)
     ]
     judged = image[parts.judged.numpy()]
@@ -120,7 +120,7 @@ def probe_place(features: Tensor, place: Tensor, image: np.ndarray, *, seed: int
     error = departs.std(0, ddof=1) * len(names) ** 0.5 / total.sum(0)
     shuffled = []
     for number in range(SHUFFLES):
-        remaining, total = _left(features, _shuffled(place, parts, seed, number), parts, truth=place)
+        remaining, total = _left(features, _shuffled(place, parts, seed, number), parts)
         shuffled.append(1 - remaining.sum(0) / total.sum(0))
     return PlaceProbe(*map(float, (*r2, *error, *np.mean(shuffled, axis=0))))
 
@@ -167,10 +167,8 @@ def features_of(patches: Tensor, features: Callable[[Tensor], Tensor], *, batch_
     return torch.cat([features(some).float().cpu() for some in patches.flatten(0, 1).split(batch_size)])
 
 
-def _class_hits(
-    features: Tensor, label: Tensor, parts: Parts, num_classes: int, *, truth: Tensor | None = None
-) -> np.ndarray:
-    """Which of the judged patches are named right, bool (n,), by `truth` where that is not what was fitted."""
+def _class_hits(features: Tensor, label: Tensor, parts: Parts, num_classes: int) -> np.ndarray:
+    """Which of the judged patches are named right, bool (n,)."""
     standardize = Standardizer.fit(features, parts.fitted)
     heads, _ = solve_heads(
         features,
@@ -184,12 +182,10 @@ def _class_hits(
     scores = score_heads(heads, features, label, rows=parts.chosen_on, standardize=standardize)
     head = heads.only(choose(scores, num_images=len(parts.chosen_on)))
     named = head.logits(standardize(features[parts.judged]))[:, :, 0].argmax(1)  # (n,)
-    return (named == (label if truth is None else truth)[parts.judged]).numpy()
+    return (named == label[parts.judged]).numpy()
 
 
-def _left(
-    features: Tensor, wanted: Tensor, parts: Parts, *, truth: Tensor | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _left(features: Tensor, wanted: Tensor, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
     """Squared errors of the judged patches' places (n, 2), and their squared distances from the mean (n, 2)."""
     standardize = Standardizer.fit(features, parts.fitted)
     x = standardize(features).double()  # (N, D)
@@ -201,7 +197,7 @@ def _left(
     weights = [torch.linalg.solve(moment + decay * identity, with_y) for decay in RIDGE]  # (D, 2) each
     left = [(y - mean - x @ weight)[parts.chosen_on].square().sum().item() for weight in weights]
     weight = weights[int(np.argmin(left))]
-    true = (y if truth is None else truth.double())[parts.judged]
+    true = y[parts.judged]
     remaining = (true - mean - x[parts.judged] @ weight).square()
     return remaining.numpy(), (true - true.mean(0)).square().numpy()
 
