@@ -34,13 +34,14 @@ from eval.app.worker import Worker
 from eval.head_file import save_head
 from eval.look.scene import Scene
 from eval.predict import load_predictor
-from ssl import checkpoint
+from ssl import checkpoint, pretrain
 from tests.app_server import Served, app_config, png_of, serving
 from tests.image_list import jpeg, png
-from tests.scenes import pretrained
+from tests.scenes import EMBEDDED, SHORT, TINY_RESNET, compose_config, pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["ant", "bee", "<b>cat</b>"]
+TINY_CONVNEXT = ["model=convnext_t", "+model.args.depths=[1,1,1,1]", "+model.args.dims=[8,8,16,16]"]
 SMALL_LIMITS = ["max_upload_mib=1", "max_megapixels=2"]
 
 
@@ -267,13 +268,27 @@ def test_a_method_that_hides_nothing_has_no_reconstruction(served):
     assert served.post("/api/reconstruct?ratio=0.5&mask=0", png(noisy())).status == 404
 
 
-def test_an_untrained_backbone_is_served(tmp_path):
-    with serving(
-        "random", "model=vit_micro", "data=embedded", "data.source.num_train=64", "data.source.num_test=24"
-    ) as it:
-        found = it.post("/api/look", png(noisy())).values
-    assert found["prediction"]["by"] == "vote"
-    assert len(found["neighbours"]) == 12
+@pytest.mark.parametrize("method", ["simmim", "relative_location"])
+def test_checkpoints_of_the_other_methods_are_served(tmp_path, method):
+    """SimMIM, which hides squares of a ConvNeXt's image; relative location, which hides nothing."""
+    backbone = TINY_CONVNEXT if method == "simmim" else [*TINY_RESNET, "method.hidden_dim=32"]
+    pretrain.run(compose_config("pretrain", [f"method={method}", *backbone, *EMBEDDED, *SHORT]), out=tmp_path / "run")
+    with serving(tmp_path / "run") as found:
+        assert len(found.post("/api/look", png(noisy())).values["neighbours"]) == 12
+        answer = found.post("/api/reconstruct?ratio=0.5&mask=0", png(noisy()))
+        if method == "simmim":
+            hidden = (picture(answer.values["seen"]) == 128).all(-1)
+            assert hidden.mean() == pytest.approx(answer.values["hidden"] / answer.values["of"], abs=0.02)
+        else:
+            assert answer.status == 404
+
+
+@pytest.mark.parametrize("model", ["vit_micro", "resnet10"])
+def test_an_untrained_backbone_is_served(model):
+    with serving("random", f"model={model}", *EMBEDDED) as found:
+        answer = found.post("/api/look", png(noisy())).values
+    assert answer["prediction"]["by"] == "vote"
+    assert len(answer["neighbours"]) == 12
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------

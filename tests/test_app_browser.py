@@ -200,16 +200,19 @@ def test_names_of_classes_are_text_whatever_they_hold(browser, headed):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("way", "data", "words"),
     [
-        (b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', "no JPEG, PNG, WebP, GIF or BMP image"),
-        (b"<!doctype html><script>alert(1)</script>", "no JPEG, PNG, WebP, GIF or BMP image"),
-        (b"", "No image came"),
-        (bytes(2**20 + 1), "larger than the 1 MiB"),
+        (
+            "file",
+            b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
+            "no JPEG, PNG, WebP, GIF or BMP image",
+        ),
+        ("drop", b"<!doctype html><script>alert(1)</script>", "no JPEG, PNG, WebP, GIF or BMP image"),
+        ("file", b"", "No image came"),
+        ("drop", bytes(2**20 + 1), "larger than the 1 MiB"),
     ],
 )
-@pytest.mark.parametrize("way", ["file", "drop"])
-def test_what_is_no_image_is_answered_in_words(browser, mae, data, words, way):
+def test_what_is_no_image_is_answered_in_words(browser, mae, way, data, words):
     visit = opened(browser, mae)
     name = "<img src=x onerror=alert(1)>.png"
     choose(visit, data, name) if way == "file" else drop(visit, data, name)
