@@ -14,7 +14,7 @@ for folder in (HOOKS, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import eval  # noqa: E402, F401, A004  # makes this project's ssl importable
+import eval  # noqa: E402, F401  # makes this project's ssl importable
 
 # isort: split
 import config_reference  # noqa: E402
