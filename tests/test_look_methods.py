@@ -434,6 +434,15 @@ def test_rows_of_the_confusion_are_true_places_and_columns_answers():
     assert counts[:, PLACES.index("bottom left")].sum() == 0
 
 
+def test_the_commonest_mistake_is_named_and_a_head_with_one_answer_too():
+    counts = 10 * np.eye(8, dtype=int)
+    assert "no place" in pretext.commonest_mistake(counts)
+    counts[PLACES.index("left"), PLACES.index("right")] = 30
+    assert "left for right, 75%" in pretext.commonest_mistake(counts)
+    counts[:, PLACES.index("top")] += 60
+    assert "top is the answer to" in pretext.commonest_mistake(counts)
+
+
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
 def test_relative_location_is_asked_about_a_sample_and_its_answers_are_counted(backbone, runs, tmp_path):
     folder, _ = runs["relative_location"]

@@ -171,13 +171,10 @@ def _answers(
             for place in range(few)
         ],
     }
-    worst = np.where(np.eye(len(PLACES), dtype=bool), -1, counts)
-    true, answered = (int(place) for place in np.unravel_index(worst.argmax(), worst.shape))
     lines = [
         f"places found: {share:.1%} +- {error:.1%} of the neighbours in {len(index)} images of {source.name}, "
         f"by chance {1 / len(PLACES):.1%}",
-        f"taken for another most often: {PLACES[true]} for {PLACES[answered]}, "
-        f"{counts[true, answered] / counts[true].sum():.0%} of them",
+        commonest_mistake(counts),
     ]
     channel = random_channels(index, 9, channels=scene.channels, seed=scene.seed).to(view.device)
     shift = int(scene.config.pretext.shift)
@@ -192,6 +189,24 @@ def _answers(
         size=method.patch_size,
     )
     return pictures, data, {"accuracy": share}, lines, patches
+
+
+def commonest_mistake(counts: np.ndarray) -> str:
+    """In words, which place is taken for which most often, or which answer is given whatever is asked."""
+    answer = int(counts.sum(0).argmax())
+    share = counts[:, answer].sum() / counts.sum()
+    if share > 0.5:
+        return (
+            f"{PLACES[answer]} is the answer to {share:.0%} of the questions: the head does not tell places apart yet"
+        )
+    wrong = np.where(np.eye(len(PLACES), dtype=bool), 0, counts)
+    if not wrong.any():
+        return "no place is taken for another"
+    true, taken = (int(place) for place in np.unravel_index(wrong.argmax(), wrong.shape))
+    share = counts[true, taken] / counts[true].sum()
+    return (
+        f"taken for another most often: {PLACES[true]} for {PLACES[taken]}, {share:.0%} of those at the {PLACES[true]}"
+    )
 
 
 def _views(scene: Scene, method: RelativeLocation) -> tuple[Tensor, Tensor, np.ndarray]:
