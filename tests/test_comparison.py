@@ -109,12 +109,21 @@ def test_what_may_differ_within_a_protocol_is_told(tmp_path):
 
 
 def test_a_column_says_whether_it_is_of_the_test_split(tmp_path):
-    held_out = protocol(data__test="not read", command="eval.advise")
-    results = {"knn": ({"top1": 0.5}, protocol()), "advise": ({"held_out_top1": 0.4}, held_out)}
+    unread = protocol(data__test="not read", command="eval.advise")
+    of_train = protocol(command="eval.health", data={"name": "embedded", "num_train": 600})
+    results = {
+        "probe": ({"top1": 0.5, "held_out_top1": 0.6}, protocol()),
+        "advise": ({"gain": 0.4}, unread),
+        "health": ({"rankme": 9.0}, of_train),
+    }
     made = page(tmp_path, write_run(tmp_path / "a", results=results))
-    heads = {cell[0]: cell for cell in made.tables["runs-table"][0]}
-    assert "test split" in heads["eval.knn top1"]
-    assert "not of the test split" in heads["eval.advise held_out_top1"]
+    said = {cell[0]: cell[-2] for cell in made.tables["runs-table"][0] if cell[0].startswith("eval.")}
+    assert said == {
+        "eval.advise gain": "not of the test split",
+        "eval.health rankme": "not of the test split",
+        "eval.knn top1": "test split",
+        "eval.knn held_out_top1": "not of the test split",
+    }
 
 
 def test_the_latest_checkpoint_counts_and_not_the_best(tmp_path):
