@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,7 +210,8 @@ def test_exact_copies_are_known_by_their_pixels_whatever_the_file():
     image = pictures(1)[0]
     other = np.array(image)
     other[0, 0, 0] ^= 1
-    found = read_small(ImageList([png(np.array(image)), np.array(image), other]), np.arange(3), channels=3)
+    source: Any = ImageList([png(np.array(image)), np.array(image), other])
+    found = read_small(source, np.arange(3), channels=3)
     assert found.digest[0] == found.digest[1] != found.digest[2]
     assert (found.luma[0] == found.luma[1]).all()
 

@@ -291,7 +291,7 @@ def _metrics(pool: Pool, pairs: Pairs, group: np.ndarray) -> dict[str, float]:
     one, two = pool.split[pairs.first], pool.split[pairs.second]
     members = np.unique(np.concatenate([pairs.first, pairs.second]))
     differ = _labels_differ(pool, pairs)
-    metrics = {
+    metrics: dict[str, float] = {
         "pairs": len(pairs),
         "pairs_exact": int(pairs.exact.sum()),
         "pairs_in_train": int(((one == "train") & (two == "train")).sum()),

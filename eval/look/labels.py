@@ -40,8 +40,8 @@ def agree(labels: np.ndarray, others: np.ndarray) -> np.ndarray:
     Multi-hot they are (M, C) and (M, k, C). An image without a label agrees with none.
     """
     if labels.ndim == 1:
-        return (labels[:, None] == others) & (labels != UNLABELLED)[:, None]
-    return ((labels[:, None] > 0) & (others > 0)).any(-1)
+        return np.logical_and(labels[:, None] == others, labels[:, None] != UNLABELLED)
+    return np.any((labels[:, None] > 0) & (others > 0), axis=-1)
 
 
 def class_name(label: int | np.ndarray, classes: Sequence[str] | None) -> str | None:

@@ -31,13 +31,13 @@
   const axis = () => ({ showgrid: false, zeroline: false, showticklabels: false, ticks: "" });
   const layout = () => ({
     paper_bgcolor: variable("--back"), plot_bgcolor: variable("--back"), margin: { l: 6, r: 6, t: 6, b: 6 },
-    xaxis: axis(), yaxis: axis(), hovermode: "closest", hoverdistance: 12, dragmode: still ? false : "pan",
+    xaxis: axis(), yaxis: axis(), hovermode: "closest", hoverdistance: 12, uirevision: projection, dragmode: still ? false : "zoom",
   });
 
   const draw = () => {
     for (const map of maps) {
       Plotly.react(map.plot, [dots(map.panel), ring(map.panel)], layout(),
-        { responsive: true, displayModeBar: false, scrollZoom: !still, doubleClick: "reset" });
+        { responsive: true, displayModeBar: false, doubleClick: "reset" });
     }
   };
 
@@ -64,7 +64,6 @@
   };
 
   const choose = (number, keep) => {
-    if (kept && !keep) return;
     current = number;
     kept = keep;
     tell();
@@ -88,7 +87,7 @@
 
   const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
   const walk = (event, panel) => {
-    if (event.key === "Escape") { kept = false; choose(null, false); return; }
+    if (event.key === "Escape") { choose(null, false); return; }
     if (event.key === "Enter" && current !== null) { kept = !kept; return; }
     if (!(event.key in ARROWS)) return;
     event.preventDefault();
@@ -117,8 +116,8 @@
     draw();
     for (const { plot } of maps) {
       const point = (event) => event.points.find((each) => each.curveNumber === 0 && shown[data.number[each.pointNumber]]);
-      plot.on("plotly_hover", (event) => { const at = point(event); if (at) choose(at.pointNumber, false); });
-      plot.on("plotly_click", (event) => { const at = point(event); if (at) choose(at.pointNumber, true); });
+      plot.on("plotly_hover", (event) => { const at = point(event); if (at && !kept) choose(at.pointNumber, false); });
+      plot.on("plotly_click", (event) => { const at = point(event); if (at) choose(at.pointNumber, !(kept && at.pointNumber === current)); });
     }
     tell();
   };
@@ -134,7 +133,7 @@
     const box = byId("map-classes");
     box.replaceChildren();
     if (data.groups.length < 2) return;
-    const add = (sign, text, pressed, act) => {
+    const add = (sign, text, pressed, act) => {  // the sign is ours; the text may be anyone's
       const button = document.createElement("button");
       button.type = "button";
       button.innerHTML = sign;
@@ -143,7 +142,12 @@
       button.addEventListener("click", act);
       box.append(button);
     };
-    const refresh = (place) => { legend(); draw(); box.children[place].focus(); };
+    const refresh = (place) => {
+      if (current !== null && !shown[data.number[current]]) choose(null, false);
+      legend();
+      draw();
+      box.children[place].focus();
+    };
     add("", "All", shown.every(Boolean), () => {
       const value = !shown.every(Boolean);
       shown.fill(value);

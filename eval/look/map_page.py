@@ -22,22 +22,24 @@ LIGHTEST, DARKEST = 0.62, 0.45
 BODY = """
 <p class="soft" id="map-caution"></p>
 <div class="controls" role="group" aria-label="Projection" id="map-projections"></div>
-<div class="map-grid" id="map-panels"></div>
 <div class="controls" role="group" aria-label="Classes shown" id="map-classes"></div>
-<div class="map-card" aria-live="polite"><div id="map-thumb" role="img" aria-label=""></div><p id="map-text"></p></div>
 <p class="soft small">Point at a dot, touch it, or focus a map (Tab) and walk with the arrow keys: the image appears
-here, and its place in the other map is ringed. Click or Enter keeps it, Escape lets it go.</p>
+below, and its place in the other map is ringed. A click or Enter keeps it, Escape lets it go. Drag a box to enlarge a
+part; a double click shows all again.</p>
+<div class="map-grid" id="map-panels"></div>
+<div class="map-card" aria-live="polite"><div id="map-thumb" role="img" aria-label=""></div><p id="map-text"></p></div>
 <img id="map-sprite" alt="" hidden src="{{ sprite }}">
 """
 STYLE = """
-.map-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .75rem; }
+.map-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .75rem;
+  padding: 1px; }
 .map-grid figure { margin: 0; min-width: 0; }
 .map-grid figcaption { font-size: .9rem; min-height: 2.6em; }
-.map-plot { height: min(30rem, 90vw); border: 1px solid var(--line); border-radius: .35rem; touch-action: pan-y; }
+.map-plot { height: clamp(15rem, 55vh, 34rem); background: var(--back); box-shadow: 0 0 0 1px var(--line); }
 .map-card { display: flex; gap: 1rem; align-items: center; position: sticky; bottom: 0; background: var(--back);
-  border-top: 1px solid var(--line); padding: .5rem 0; min-height: 8.5rem; z-index: 2; }
+  border-top: 1px solid var(--line); padding: .5rem 0; min-height: 7.5rem; z-index: 2; }
 .map-card p { margin: 0; overflow-wrap: anywhere; min-width: 0; }
-#map-thumb { flex: none; width: 7.5rem; height: 7.5rem; background-color: var(--panel); background-repeat: no-repeat;
+#map-thumb { flex: none; width: 6.5rem; height: 6.5rem; background-color: var(--panel); background-repeat: no-repeat;
   image-rendering: pixelated; }
 #map-classes button { font-size: .9rem; padding: .1rem .6rem; min-height: 2rem; }
 #map-classes svg { width: .9rem; height: .9rem; vertical-align: -.1rem; margin-right: .35rem; }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from eval.rows import unit_length
@@ -97,14 +98,15 @@ def tsne(rows: np.ndarray, *, seed: int, perplexity: float | None) -> Projected:
     init = PCA(2, svd_solver="full").fit_transform(rows) if rows.shape[1] > 1 else np.c_[rows, np.zeros(len(rows))]
     spread = init[:, 0].std()
     init = (1e-4 * init / spread if spread > 0 else init).astype(np.float32)  # small, as scikit-learn scales its own
-    place = TSNE(2, perplexity=chosen, init=init, random_state=seed).fit_transform(fewer)  # pyright: ignore
+    with threadpool_limits(1):  # sums by several threads differ in their last digits, from which the map grows
+        place = TSNE(2, perplexity=chosen, init=init, random_state=seed).fit_transform(fewer)  # pyright: ignore
     return Projected(place.astype(np.float64), {"perplexity": round(float(chosen), 2), "components": components})
 
 
 def umap(rows: np.ndarray, *, seed: int, neighbours: int) -> Projected:
     """UMAP (McInnes et al. 2018, arXiv:1802.03426) of rows (N, D), on one thread, so that a seed gives one map."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):  # numba's start sets the threads of torch, too
             warnings.simplefilter("ignore")  # of numba's and of TensorFlow, which is not asked for
             from umap import UMAP  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -114,7 +116,7 @@ def umap(rows: np.ndarray, *, seed: int, neighbours: int) -> Projected:
         ) from error
     if not 2 <= neighbours < len(rows):
         raise ValueError(f"map.umap_neighbours must lie in 2..{len(rows) - 1}, below the images, got {neighbours}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # that a seed means one thread is what is wanted
         made = UMAP(n_neighbors=neighbours, min_dist=MIN_DISTANCE, random_state=seed, n_jobs=1)
         place = np.asarray(made.fit_transform(rows.astype(np.float32)), np.float64)
