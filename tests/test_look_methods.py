@@ -14,9 +14,10 @@ from torchvision.transforms import functional as vision
 
 from eval.look import command, pretext, reconstructions, views
 from eval.look.masked import errors, flat_patches, hidden_pixels, reconstruct, usual_ratios, whole_output
-from eval.look.places import accuracy, ask, confusion
+from eval.look.places import accuracy, ask, commonest_mistake, confusion
 from eval.look.result import DoesNotApply
 from eval.look.run_views import RunViews
+from eval.look.shortcut_report import Shortcuts, findings
 from eval.look.shortcuts import (
     ClassProbe,
     PlaceProbe,
@@ -436,11 +437,11 @@ def test_rows_of_the_confusion_are_true_places_and_columns_answers():
 
 def test_the_commonest_mistake_is_named_and_a_head_with_one_answer_too():
     counts = 10 * np.eye(8, dtype=int)
-    assert "no place" in pretext.commonest_mistake(counts)
+    assert "no place" in commonest_mistake(counts)
     counts[PLACES.index("left"), PLACES.index("right")] = 30
-    assert "left for right, 75%" in pretext.commonest_mistake(counts)
+    assert "left for right, 75%" in commonest_mistake(counts)
     counts[:, PLACES.index("top")] += 60
-    assert "top is the answer to" in pretext.commonest_mistake(counts)
+    assert "top is the answer to" in commonest_mistake(counts)
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
@@ -619,19 +620,17 @@ def test_images_of_one_channel_have_no_channel_to_displace(tmp_path):
     assert set(metrics) == {"pretext.cell_top1", "pretext.place_r2_x", "pretext.place_r2_y"}
 
 
-def shortcuts_of(*, x: float, y: float, channel: float) -> pretext.Shortcuts:
+def shortcuts_of(*, x: float, y: float, channel: float) -> Shortcuts:
     """Probes that found as much, with small errors."""
     cell = ClassProbe(0.2, 0.01, 1 / 9, 0.11, 0.01, 100, 50)
-    return pretext.Shortcuts(
-        cell, PlaceProbe(x, y, 0.01, 0.01, 0.0, 0.0), ClassProbe(channel, 0.01, 0.25, 0.25, 0.01, 100, 50)
-    )
+    return Shortcuts(cell, PlaceProbe(x, y, 0.01, 0.01, 0.0, 0.0), ClassProbe(channel, 0.01, 0.25, 0.25, 0.01, 100, 50))
 
 
 def test_what_is_said_follows_what_training_has_changed():
     before = shortcuts_of(x=0.1, y=0.1, channel=0.3)
 
     def said(**after: float) -> str:
-        return " ".join(pretext.findings(shortcuts_of(**after), before, relative=True))
+        return " ".join(findings(shortcuts_of(**after), before, relative=True))
 
     assert "from left to right too" in said(x=0.2, y=0.1, channel=0.3)
     assert "how high" in said(x=0.1, y=0.2, channel=0.3)

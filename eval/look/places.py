@@ -56,3 +56,21 @@ def accuracy(predicted: Tensor) -> tuple[float, float]:
     hits = (predicted == torch.arange(len(PLACES), device=predicted.device)).double().mean(1)  # (B,)
     error = hits.std().item() / len(hits) ** 0.5 if len(hits) > 1 else float("nan")
     return hits.mean().item(), error
+
+
+def commonest_mistake(counts: np.ndarray) -> str:
+    """In words, which place is taken for which most often, or which answer is given whatever is asked."""
+    answer = int(counts.sum(0).argmax())
+    share = counts[:, answer].sum() / counts.sum()
+    if share > 0.5:
+        return (
+            f"{PLACES[answer]} is the answer to {share:.0%} of the questions: the head does not tell places apart yet"
+        )
+    wrong = np.where(np.eye(len(PLACES), dtype=bool), 0, counts)
+    if not wrong.any():
+        return "no place is taken for another"
+    true, taken = (int(place) for place in np.unravel_index(wrong.argmax(), wrong.shape))
+    share = counts[true, taken] / counts[true].sum()
+    return (
+        f"taken for another most often: {PLACES[true]} for {PLACES[taken]}, {share:.0%} of those at the {PLACES[true]}"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from eval.look.drawing import BAD, GOOD, boxed, captioned, colour, enlarged, figure_pixels, framed, plot
-from eval.look.places import Answers, accuracy, ask, confusion
+from eval.look.drawing import captioned
+from eval.look.place_pictures import SIDE, answer_picture, confusion_plot
+from eval.look.places import Answers, accuracy, ask, commonest_mistake, confusion
 from eval.look.result import DoesNotApply, Look
 from eval.look.scene import Scene, sample_index
+from eval.look.shortcut_report import Shortcuts, shortcut_lines, shortcut_metrics, shortcut_plot
 from eval.look.shortcuts import (
     GRID,
-    ClassProbe,
-    PlaceProbe,
     features_of,
     grid_cell,
     middles,
@@ -31,13 +31,11 @@ from eval.look.shortcuts import (
 from eval.look.views import label, run_recipe, run_views, side_by_side
 from ssl.config import plain
 from ssl.data.sources import UNLABELLED, Source
-from ssl.methods.relative_location import CENTRE, NEIGHBOURS, PLACES, RelativeLocation, cut
+from ssl.methods.relative_location import PLACES, RelativeLocation, cut
 from ssl.models.backbones import pooled_features
 from ssl.pictures import to_uint8
 
 NUM_PATCHES = 4
-TILE = 144
-"""Pixels of a tile's side, about."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,6 @@ class Patches:
     """Height and width in pixels of the image."""
 
 
-@dataclass(frozen=True)
-class Shortcuts:
-    """What linear probes tell from the features of single patches."""
-
-    cell: ClassProbe
-    place: PlaceProbe
-    channel: ClassProbe | None
-    """None for images of one channel."""
-
-
 def look(scene: Scene) -> Look:
     """Relative location's answers and confusions, and for any backbone what single patches give away."""
     relative = is_relative_location(scene)
@@ -83,7 +71,7 @@ def look(scene: Scene) -> Look:
         found["untrained"] = shortcuts(scene.untrained(), patches, scene)
     else:
         found = {"untrained": found["trained"]}
-    pictures["shortcuts"] = _shortcut_plot(found, title=_shortcut_title(scene, patches))
+    pictures["shortcuts"] = shortcut_plot(found, title=_shortcut_title(scene, patches))
     if not relative:
         pictures["patches"] = _patch_picture(scene, patches)
     data["shortcuts"] = {
@@ -96,8 +84,8 @@ def look(scene: Scene) -> Look:
         **{name: asdict(each) for name, each in found.items()},
     }
     for name, each in found.items():
-        metrics |= _shortcut_metrics(each, "" if name == "trained" or len(found) == 1 else "_untrained")
-    lines += _shortcut_lines(found, relative=relative)
+        metrics |= shortcut_metrics(each, "" if name == "trained" or len(found) == 1 else "_untrained")
+    lines += shortcut_lines(found, relative=relative)
     return Look(pictures=pictures, data=data, metrics=metrics, lines=lines)
 
 
@@ -148,8 +136,9 @@ def _answers(
     share, error = accuracy(answers.predicted)
     source, few = scene.source(scene.split), _num_shown(scene, len(index))
     labels = [label(_class_name(source, each), source.describe(each), each) for each in index[:few].tolist()]
-    picture = _answer_picture(scene, method, view[:few], answers, labels)
-    pictures = {"": picture, "confusion": _confusion_plot(counts, share, error, len(index))}
+    size = method.patch_size
+    picture = answer_picture(view[:few], answers, labels, patch_size=size, mean=scene.mean, std=scene.std)
+    pictures = {"": picture, "confusion": confusion_plot(counts, share, error, len(index))}
     data = {
         "split": scene.split,
         "epoch": int(scene.config.pretext.epoch),
@@ -191,24 +180,6 @@ def _answers(
     return pictures, data, {"accuracy": share}, lines, patches
 
 
-def commonest_mistake(counts: np.ndarray) -> str:
-    """In words, which place is taken for which most often, or which answer is given whatever is asked."""
-    answer = int(counts.sum(0).argmax())
-    share = counts[:, answer].sum() / counts.sum()
-    if share > 0.5:
-        return (
-            f"{PLACES[answer]} is the answer to {share:.0%} of the questions: the head does not tell places apart yet"
-        )
-    wrong = np.where(np.eye(len(PLACES), dtype=bool), 0, counts)
-    if not wrong.any():
-        return "no place is taken for another"
-    true, taken = (int(place) for place in np.unravel_index(wrong.argmax(), wrong.shape))
-    share = counts[true, taken] / counts[true].sum()
-    return (
-        f"taken for another most often: {PLACES[true]} for {PLACES[taken]}, {share:.0%} of those at the {PLACES[true]}"
-    )
-
-
 def _views(scene: Scene, method: RelativeLocation) -> tuple[Tensor, Tensor, np.ndarray]:
     """(views, noise, indices) of a sample of the split, as training shows them in `pretext.epoch`."""
     views = run_views(scene, scene.source(scene.split), run_recipe(scene), method)
@@ -238,117 +209,6 @@ def _class_name(source: Source, index: int) -> str | None:
     if np.ndim(number) or number == UNLABELLED or source.classes is None:
         return None
     return source.classes[int(number)]
-
-
-def _answer_picture(
-    scene: Scene, method: RelativeLocation, view: Tensor, answers: Answers, labels: Sequence[str]
-) -> np.ndarray:
-    rows: list[list[np.ndarray | None]] = []
-    captions: list[list[str | None]] = []
-    probabilities = answers.probabilities[: len(view)].cpu().numpy()  # (B, 8, 8)
-    brightest = max(round(float(probabilities.max()), 2), 2 / len(PLACES))
-    for place, pixels in enumerate(to_uint8(view, scene.mean, scene.std)):
-        right = answers.predicted[place].cpu() == torch.arange(len(PLACES))
-        rows.append(
-            [
-                _with_patches(pixels, method, answers.corners[place], right),
-                _patches_as_given(answers.patches[place]),
-                _little_maps(probabilities[place], brightest, side=max((max(_large(pixels).shape[:2]) - 20) // 9, 8)),
-            ]
-        )
-        captions.append([labels[place], "as the backbone is given them", _found(right)])
-    title = (
-        "Relative location: where does a patch lie beside the centre? Left, the patches in the view: blue where the "
-        "place was found, vermilion where it was not. Right, a map for each neighbour: the probability of each of the "
-        f"eight places, from dark, 0, to bright, {brightest:.2f}; the true one is framed. Chance is {1 / len(PLACES)}."
-    )
-    rows, captions = side_by_side(rows, captions)
-    return captioned(rows, captions=captions, title=title, min_side=TILE)
-
-
-def _found(right: Tensor) -> str:
-    return f"{int(right.sum())} of {len(PLACES)} places found"
-
-
-def _with_patches(pixels: np.ndarray, method: RelativeLocation, corners: Tensor, right: Tensor) -> np.ndarray:
-    factor = _factor(pixels)
-    height, width = (side * factor for side in method.patch_size)
-    boxes = [(top * factor, left * factor, height, width) for top, left in corners.tolist()]
-    inks = [(255, 255, 255)] * 9
-    for cell, found in zip(NEIGHBOURS, right.tolist()):
-        inks[cell] = GOOD if found else BAD
-    return boxed(_large(pixels), boxes, inks)
-
-
-def _factor(pixels: np.ndarray) -> int:
-    return max(round(TILE / max(pixels.shape[:2])), 1)
-
-
-def _large(pixels: np.ndarray) -> np.ndarray:
-    return enlarged(pixels, _factor(pixels))
-
-
-def _patches_as_given(patches: Tensor) -> np.ndarray:
-    """The nine patches (9, C, h, w) in their grid, each stretched to its own range."""
-    channels = patches.shape[1]
-    flat = patches.flatten(1)
-    low, high = flat.min(1).values.view(-1, 1, 1, 1), flat.max(1).values.view(-1, 1, 1, 1)
-    pixels = to_uint8((patches - low) / (high - low).clamp_min(1e-6), [0.0] * channels, [1.0] * channels)
-    factor = max(round((TILE / 3 - 4) / max(pixels.shape[1:3])), 1)
-    return _in_grid([enlarged(each, factor) for each in pixels])
-
-
-def _little_maps(probabilities: np.ndarray, brightest: float, *, side: int) -> np.ndarray:
-    """A 3x3 map of the eight probabilities (8, 8) in the place of each neighbour, its true place framed.
-
-    A cell of a map has `side` pixels.
-    """
-    maps: list[np.ndarray] = []
-    for neighbour in range(len(PLACES)):
-        heat = np.zeros((3, 3))
-        heat.flat[list(NEIGHBOURS)] = probabilities[neighbour]
-        tile = enlarged(colour(heat, bounds=(0.0, brightest)), side)
-        tile[side : 2 * side, side : 2 * side] = 160  # the centre patch is no answer
-        row, column = divmod(NEIGHBOURS[neighbour], 3)
-        top, left = row * side, column * side
-        tile = boxed(
-            tile, [(top, left, side, side), (top + 1, left + 1, side - 2, side - 2)], [(255, 255, 255), (0, 0, 0)]
-        )
-        found = probabilities[neighbour].argmax() == neighbour
-        maps.append(framed(tile, GOOD if found else BAD, width=2))
-    blank = np.full_like(maps[0], 255)
-    return _in_grid([*maps[:CENTRE], blank, *maps[CENTRE:]])
-
-
-def _in_grid(tiles: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
-    """Nine tiles of one size in three rows, on white."""
-    height, width = tiles[0].shape[:2]
-    canvas = np.full((3 * height + 2 * gap, 3 * width + 2 * gap, 3), 255, np.uint8)
-    for number, tile in enumerate(tiles):
-        top, left = number // 3 * (height + gap), number % 3 * (width + gap)
-        canvas[top : top + height, left : left + width] = tile
-    return canvas
-
-
-def _confusion_plot(counts: np.ndarray, share: float, error: float, num: int) -> np.ndarray:
-    """The confusion matrix (8, 8), each row divided by its sum, with its numbers."""
-    figure = plot(7.4, 6.6)
-    axes = figure.add_subplot()
-    rows = counts / counts.sum(1, keepdims=True).clip(1)  # (8, 8)
-    shown = axes.imshow(rows, cmap="cividis", vmin=0, vmax=max(rows.max(), 1 / len(PLACES)))
-    for true, row in enumerate(rows):
-        for answered, value in enumerate(row):
-            ink = "black" if value > 0.55 * shown.get_clim()[1] else "white"
-            axes.text(answered, true, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=10)
-    axes.set_xticks(range(len(PLACES)), PLACES, rotation=35, ha="right")
-    axes.set_yticks(range(len(PLACES)), PLACES)
-    axes.set_xlabel("place that was answered")
-    axes.set_ylabel("true place")
-    axes.set_title(
-        f"{share:.1%} ± {error:.1%} of places found in {num} images; by chance {1 / len(PLACES):.1%}", fontsize=11
-    )
-    figure.colorbar(shown, ax=axes, label="share of the row", shrink=0.85)
-    return figure_pixels(figure)
 
 
 # ---- any backbone -------------------------------------------------------------------------------------------------
@@ -419,7 +279,7 @@ def _patch_picture(scene: Scene, patches: Patches) -> np.ndarray:
         captions.append([f"x {x:.2f}, y {y:.2f}", "not displaced" if channel < 0 else f"{names[channel]} displaced"])
     title = "Patches of which a probe tells the place (x from 0, left, to 1, y from 0, top) and the displaced channel"
     rows, captions = side_by_side([list(each) for each in zip(whole, moved)], captions)
-    return captioned(rows, captions=captions, title=title, min_side=TILE)
+    return captioned(rows, captions=captions, title=title, min_side=SIDE)
 
 
 def _shortcut_title(scene: Scene, patches: Patches) -> str:
@@ -427,130 +287,6 @@ def _shortcut_title(scene: Scene, patches: Patches) -> str:
     return (
         f"What a single patch of {height}×{width} pixels gives away: linear probes on {len(patches.image)} images "
         f"of {scene.data_name}"
-    )
-
-
-def _shortcut_plot(found: Mapping[str, Shortcuts], *, title: str) -> np.ndarray:
-    """Bars of the probes: each backbone, the same with shuffled labels, and a line at chance."""
-    figure = plot(9.5, 3.9)
-    figure.suptitle(title, fontsize=11)
-    first = next(iter(found.values()))
-    panels = figure.subplots(
-        1, 2 if first.channel is None else 3, width_ratios=[1, 1.3] + [1] * (first.channel is not None)
-    )
-    _class_bars(panels[0], {name: each.cell for name, each in found.items()}, f"cell of a {GRID}×{GRID} grid")
-    _place_bars(panels[1], {name: each.place for name, each in found.items()})
-    if first.channel is not None:
-        each = {name: one.channel for name, one in found.items() if one.channel is not None}
-        _class_bars(panels[2], each, "displaced colour channel")
-    return figure_pixels(figure)
-
-
-INKS = {"trained": "#0072B2", "untrained": "#E69F00", "shuffled": "#999999"}
-"""Okabe and Ito's blue and orange, and gray."""
-
-
-def _class_bars(axes: Any, found: Mapping[str, ClassProbe], title: str) -> None:
-    first = next(iter(found.values()))
-    names = [*found, "shuffled"]
-    heights = [100 * each.top1 for each in found.values()] + [100 * first.shuffled]
-    spread = [100 * each.error for each in found.values()] + [100 * first.shuffled_error]
-    axes.bar(names, heights, yerr=spread, capsize=3, color=[INKS[name] for name in names], width=0.65)
-    axes.axhline(100 * first.chance, color="black", linestyle="--", linewidth=1, label=f"chance {first.chance:.0%}")
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel("% of patches told right")
-    axes.set_ylim(0, max(*heights, 100 * first.chance) * 1.25)
-    axes.legend(loc="upper right", fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _place_bars(axes: Any, found: Mapping[str, PlaceProbe]) -> None:
-    first = next(iter(found.values()))
-    groups = {name: ((each.r2_x, each.r2_y), (each.error_x, each.error_y)) for name, each in found.items()}
-    groups["shuffled"] = ((first.shuffled_x, first.shuffled_y), (float("nan"), float("nan")))
-    width = 0.8 / len(groups)
-    for number, (name, (values, spread)) in enumerate(groups.items()):
-        offset = (number - (len(groups) - 1) / 2) * width
-        axes.bar([offset, 1 + offset], values, width=0.9 * width, yerr=spread, capsize=3, color=INKS[name], label=name)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set_xticks([0, 1], ["x, left to right", "y, top to bottom"])
-    axes.set_title("place in the image", fontsize=10)
-    axes.set_ylabel("explained variance R²")
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -0.02), max(high, 0.1) * 1.25)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(groups))
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _shortcut_metrics(found: Shortcuts, suffix: str) -> dict[str, float]:
-    metrics = {
-        f"cell_top1{suffix}": found.cell.top1,
-        f"place_r2_x{suffix}": found.place.r2_x,
-        f"place_r2_y{suffix}": found.place.r2_y,
-    }
-    if found.channel is not None:
-        metrics[f"channel_top1{suffix}"] = found.channel.top1
-    return metrics
-
-
-def _shortcut_lines(found: Mapping[str, Shortcuts], *, relative: bool) -> list[str]:
-    first = next(iter(found.values()))
-    lines = [
-        f"place, from one patch: the cell of {GRID}×{GRID} {_told(found, 'cell')}; "
-        f"R2 of x {_r2_told(found, 'x')}, of y {_r2_told(found, 'y')}"
-    ]
-    if first.channel is not None:
-        lines.append(f"which channel is displaced, from one patch: {_told(found, 'channel')}")
-    trained, untrained = found.get("trained"), found.get("untrained")
-    if trained is None or untrained is None:
-        return [*lines, "there are no trained weights to compare with"]
-    return [*lines, *findings(trained, untrained, relative=relative)]
-
-
-def findings(trained: Shortcuts, untrained: Shortcuts, *, relative: bool) -> list[str]:
-    """What training has made easier to tell from a single patch, and what a person may do."""
-    x, y = (
-        _more(
-            getattr(trained.place, f"r2_{axis}") - getattr(untrained.place, f"r2_{axis}"),
-            getattr(trained.place, f"error_{axis}"),
-            getattr(untrained.place, f"error_{axis}"),
-        )
-        for axis in ("x", "y")
-    )
-    cell = _more(trained.cell.top1 - untrained.cell.top1, trained.cell.error, untrained.cell.error)
-    found = []
-    if x or (cell and not y):
-        found.append(
-            "training has made it easier to tell where in the image a patch lies, from left to right too: look for "
-            "colour fringes of a lens, dark corners, frames or stamps that all images share"
-        )
-    elif y:
-        found.append(
-            "training has made it easier to tell how high in the image a patch lies, and not how far to the right: "
-            "photos have a top and a bottom, which is knowledge and no shortcut"
-        )
-    coloured, before = trained.channel, untrained.channel
-    if coloured is not None and before is not None and _more(coloured.top1 - before.top1, coloured.error, before.error):
-        advice = "method.colour=drop, or gray with a larger method.gray_probability" if relative else "more grayscale"
-        found.append(f"training has made a displaced colour channel easier to tell; against that: {advice}")
-    return found or ["no sign that training has learned a shortcut: an untrained backbone tells as much"]
-
-
-def _more(difference: float, *errors: float) -> bool:
-    """Whether a difference is more than two standard errors of it, given those of what it is between."""
-    return difference > 2 * sum(error**2 for error in errors) ** 0.5
-
-
-def _told(found: Mapping[str, Shortcuts], probe: str) -> str:
-    each: list[tuple[str, ClassProbe]] = [(name, getattr(one, probe)) for name, one in found.items()]
-    words = ", ".join(f"{name} {one.top1:.1%} +- {one.error:.1%}" for name, one in each)
-    return f"{words}, shuffled labels {each[0][1].shuffled:.1%}, chance {each[0][1].chance:.1%}"
-
-
-def _r2_told(found: Mapping[str, Shortcuts], axis: str) -> str:
-    return ", ".join(
-        f"{which} {getattr(one.place, f'r2_{axis}'):.2f} +- {getattr(one.place, f'error_{axis}'):.2f}"
-        for which, one in found.items()
     )
 
 
