@@ -225,6 +225,16 @@ def test_each_regulariser_leaves_its_mark_on_what_is_made(by, measure):
     assert float(measure(with_it.image)) < 0.9 * float(measure(without.image))
 
 
+def test_what_was_made_of_a_moved_image_is_moved_back():
+    """A unit that reads one pixel brightens that pixel and those that jitter brings to its place, and no other."""
+    noise = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    start = regularisers.clip_to_range(gradient_ascent.STARTS[0] * noise, MEAN, STD)
+    found = ascend(lambda image: image[:, :1, 16, 16], [0], steps=40, jitter=3).image
+    changed = (found != start)[0, 0].nonzero() - 16
+    assert len(changed) > 10
+    assert changed.abs().max() <= 3
+
+
 def test_a_unit_that_faint_noise_leaves_silent_climbs_from_louder_noise():
     def activations(image: Tensor) -> Tensor:
         loudness = image.std((1, 2, 3))
@@ -290,6 +300,12 @@ def test_octaves_are_multiples_of_the_patch_and_end_with_the_image():
         deepdream.octave_sizes((32, 32), 3, 1.0)
 
 
+def test_what_was_dreamt_at_one_size_is_added_at_the_next():
+    gray = torch.full((1, 3, *SIZE), 0.1)
+    found = dream(lambda image: image.mean((1, 2, 3))[:, None], gray, sizes=[(16, 16), (24, 24), SIZE], steps=4)
+    torch.testing.assert_close(found.image, gray + 3 * 4 * 0.05)  # every step adds its size to every pixel
+
+
 def test_what_was_dreamt_at_a_small_size_is_coarse():
     """Of one octave at half size, what is added cannot have the finest stripes."""
     network = resnet()
@@ -336,6 +352,11 @@ def test_the_values_of_what_is_made_come_closer_than_those_of_the_start(reader):
 def test_the_pixels_of_an_image_are_made_again_from_themselves():
     found = invert(lambda image: image, images(), steps=150, tv_weight=0.0, alpha_weight=0.0)
     assert (inversion.correlation(found.image, images()) > 0.99).all()
+
+
+def test_pixels_stay_in_range_however_large_the_steps():
+    white = regularisers.clip_to_range(torch.full((1, 3, *SIZE), 9.0), MEAN, STD)
+    assert in_range(invert(lambda image: image, white, steps=3, step_size=2.0).image)
 
 
 def test_early_layers_keep_more_of_the_image_than_the_features():
