@@ -285,8 +285,15 @@ def test_a_run_with_damaged_files_is_told_and_costs_no_other_its_row(tmp_path):
     odd = write_run(tmp_path / "c")
     (odd / "config.yaml").write_text("trainer: 3\n")
     (odd / "eval" / "broken.json").write_text("{")
+    strange = {"list": {"data": [1]}, "step": {"checkpoint": {"step": "x"}}, "many": {"data.num_train": "9"}}
+    write_results(
+        tmp_path / "a", {name: ({"top1": 0.1}, changed(protocol(k=name), each)) for name, each in strange.items()}
+    )
+    endless = write_run(tmp_path / "d")
+    (endless / "metrics.jsonl").write_text('{"step": 1e999, "loss": 1}\n')
     made = page(tmp_path, tmp_path)
-    assert made.column("runs-table", "eval.knn top1") == {"a": ["50.0%"], "b": ["–"], "c": ["–"]}
+    assert made.column("runs-table", "k [20]") == {"a": ["50.0%"], "b": ["–"], "c": ["–"], "d": ["–"]}
+    assert [row[1][0] for row in made.tables["runs-table"][1:]] == ["complete", "stopped", "unreadable", "unreadable"]
     text = (tmp_path / "comparison.html").read_text()
     assert "Not everything could be read" in text
     assert "config.yaml" in text
@@ -405,6 +412,17 @@ def test_a_sweep_that_optimizes_names_what_it_found_by_its_objective(tmp_path):
         text = write([folder], tmp_path / "comparison.html").read_text()
         assert f"it found run {number}, {0.1 * (number + 1):.6g}" in text
     assert "it found" not in write([made_sweep(tmp_path / "grid")], tmp_path / "comparison.html").read_text()
+
+
+def test_what_two_sweeps_judged_their_runs_by_stands_in_two_columns(tmp_path):
+    folders = []
+    for name, objective in (("one", 0.5), ("two", 0.9)):
+        out = write_run(tmp_path / "runs" / name, {"seed": len(folders)})
+        jobs = [{"overrides": [f"lr={objective}", "objective=eval.knn"], "out": str(out), "objective": objective}]
+        folders.append(write_sweep(tmp_path / name, jobs, id=name))
+    made = page(tmp_path, *folders)
+    assert made.column("runs-table", "what one judged its runs by") == {"one": ["0.5"], "two": ["–"]}
+    assert made.column("runs-table", "what two judged its runs by") == {"one": ["–"], "two": ["0.9"]}
 
 
 def test_an_axis_is_logarithmic_where_positive_settings_span_decades():

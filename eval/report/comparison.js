@@ -62,9 +62,5 @@
     }
   });
 
-  // Charts that were drawn while they could not be seen have no size yet.
-  document.querySelector(".more-curves")?.addEventListener("toggle", (event) => {
-    if (event.target.open) event.target.querySelectorAll(".plot").forEach((plot) => Plotly.Plots.resize(plot));
-  });
   choose(inputs.filter((input) => input.defaultChecked).map((input) => input.value));
 })();

@@ -32,7 +32,8 @@ class Protocol:
     def data(self) -> str:
         """On which images, in words."""
         data = self.example.get("data") or {}
-        counts = [f"{data[f'num_{split}']:,} {split}" for split in ("train", "test") if data.get(f"num_{split}")]
+        numbers = {split: data.get(f"num_{split}") for split in ("train", "test")}
+        counts = [f"{number:,} {split}" for split, number in numbers.items() if isinstance(number, int) and number]
         return ", ".join([str(data.get("name", "no data")), *counts])
 
     def reads_test(self, metric: str) -> bool:

@@ -141,14 +141,14 @@ def read_run(path: Path, *, name: str, job: Job | None = None) -> list[Run]:
     """The row of a run, and one more for each baseline that was judged in its folder. What cannot be read is told."""
     problems: list[str] = []
     if path.is_file():  # what an evaluation in a sweep made
-        results = _results([path], problems)
+        results = _sound(_results([path], problems), problems)
         state = _state_of_job(job) or State("evaluated")
         return [Run(name, path, state, results=by_protocol(results), job=job, problems=problems)]
     folder = gather(path)
     trained = bool(folder.config) or bool(folder.history.num_rows)
     problems += [each for each in folder.problems if trained and not each.endswith("is missing")]
     results = [Result(each.path, each.metrics, each.protocol) for each in folder.results]
-    results = results or _results(_result_files(path), problems)
+    results = _sound(results or _results(_result_files(path), problems), problems)
     own = [each for each in results if not trained or not _is_baseline(each)]
     batch = (folder.config.get("trainer") or {}).get("global_batch_size")
     rows = [
@@ -186,7 +186,7 @@ def _read(path: Path, name: str, job: Job | None) -> list[Run]:
     """The rows of a run. One whose files hold something else than a run writes is told, and costs no other its row."""
     try:
         return read_run(path, name=name, job=job)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         return [Run(name, path, State(UNREADABLE, f"{type(error).__name__}: {error}"), job=job)]
 
 
@@ -232,6 +232,20 @@ def _results(paths: Sequence[Path], problems: list[str]) -> list[Result]:
             continue
         found.append(Result(path, result["metrics"], result["protocol"]))
     return found
+
+
+def _sound(results: Sequence[Result], problems: list[str]) -> list[Result]:
+    """Results whose protocols have the parts that the page reads, as evaluations write them."""
+    kept = []
+    for result in results:
+        data, checkpoint = (result.protocol.get(name) for name in ("data", "checkpoint"))
+        step = checkpoint.get("step") if isinstance(checkpoint, Mapping) else None
+        parts = all(part is None or isinstance(part, Mapping) for part in (data, checkpoint))
+        if parts and (step is None or isinstance(step, int)):
+            kept.append(result)
+        else:
+            problems.append(f"{result.path} has a protocol that no evaluation writes, and is left out")
+    return kept
 
 
 def _is_baseline(result: Result) -> bool:

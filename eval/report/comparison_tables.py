@@ -43,15 +43,14 @@ def runs_section(
 ) -> Markup:
     """A row for each run: how it stands, what was swept, settings that differ, results, progress."""
     swept = list(dict.fromkeys(key for sweep in sweeps for key in sweep.swept))
-    judged = any(run.job is not None and run.job.objective is not None for run in runs)
-    objective = " / ".join(dict.fromkeys(sweep.objective for sweep in sweeps))
+    judged = [sweep for sweep in sweeps if any(job.objective is not None for job in sweep.jobs)]
     keys, settings = _setting_heads([key for key in _differing(recipes) if key not in swept], recipes)
     shown = columns[:MOST_RESULTS]
     heads = [
         Column("run"),
         Column("state"),
         *(Column(key) for key in swept),
-        *([Column(objective, ["what the sweep judged its runs by"])] if judged else []),
+        *(Column(sweep.objective, [f"what {sweep.path.name} judged its runs by"]) for sweep in judged),
         *(replace(each, hidden=each.hidden or bool(swept)) for each in settings),
         *_result_heads(shown),
         *([] if SEED in swept else [Column(SEED, hidden=True)]),
@@ -69,7 +68,7 @@ def runs_section(
             text_cell(run.name, lines=[run.state.why] if run.state.word == NOT_TRAINED and run.state.why else []),
             _state_cell(run),
             *(setting_cell(overrides.get(key)) for key in swept),
-            *([number_cell(run.job.objective if run.job else None)] if judged else []),
+            *(_objective_cell(run, sweep) for sweep in judged),
             *(_value_cell(key, config) for key in keys),
             *(_score_cell(score_of(run.results, column), column, run) for column in shown),
             *([] if SEED in swept else [_value_cell(SEED, config)]),
@@ -163,6 +162,12 @@ def _state_cell(run: Run) -> Cell:
     why = run.state.why if run.state.word != NOT_TRAINED else ""
     lines = [why if len(why) <= 200 else f"{why[:197]}..."] if why else []
     return text_cell(run.state.word, lines=lines, marked=run.state.word in BAD_STATES)
+
+
+def _objective_cell(run: Run, sweep: SweepFolder) -> Cell:
+    """What a sweep judged a run by; runs of other sweeps were judged otherwise."""
+    is_own = run.job is not None and any(job is run.job for job in sweep.jobs)
+    return number_cell(run.job.objective if is_own and run.job else None)
 
 
 def _score_cell(score: Score | None, column: ResultColumn, run: Run) -> Cell:
