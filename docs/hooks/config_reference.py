@@ -32,6 +32,8 @@ COMMANDS = {
     "suite": ("eval.suite", "eval.suite", "SuiteConfig"),
     "compare": ("eval.compare", "eval.compare", "CompareConfig"),
     "look": ("eval.look", "eval.look.settings", "LookConfig"),
+    "report": ("eval.report", "eval.report.command", "ReportConfig"),
+    "app": ("eval.app", "eval.app.settings", "AppConfig"),
     "predict": ("eval.predict", "eval.predict", "PredictConfig"),
     "features": ("eval.features", "eval.features", "FeaturesConfig"),
     "export": ("eval.export", "eval.export", "ExportConfig"),
