@@ -172,6 +172,12 @@ def test_rows_of_a_rollout_sum_to_one(settings):
     torch.testing.assert_close(joint.sum(-1), torch.ones(joint.shape[:-1]))
 
 
+def test_what_a_query_sees_is_its_row_without_the_tokens_in_front():
+    maps = torch.arange(16.0).view(1, 1, 4, 4)  # a class token, a register and two patches
+    assert seen_by(maps, 2, query="class").tolist() == [[[2.0, 3.0]]]
+    assert seen_by(maps, 2, query="mean").tolist() == [[[12.0, 13.0]]]
+
+
 def test_distance_and_entropy_are_those_of_the_papers_loop():
     grid_size, image_size, prefix = (3, 4), (24, 16), 2
     maps = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import DoesNotApply
 from ssl.methods.mae import MAE
 from ssl.models.backbones import build_backbone, pooled_features
+from ssl.models.layer_table import layer_table
 from ssl.models.positions import sincos_2d
 from ssl.models.receptive_field import Field
 from tests.scenes import EMBEDDED, TINY_RESNET, TINY_VIT, look_config, pretrained
@@ -25,9 +26,9 @@ from tests.scenes import scene as make_scene
 from tests.test_families import FAMILIES
 
 FIRST = ("AlexNet", "DenseNet", "GoogLeNet", "ResNet", "ResNet-D", "EfficientNet", "Swin", "ConvNeXt", "ViT")
-# Without gates that look at the whole image, which a field passes over; NASNet pads one side only.
+# Without gates that look at the whole image, which a field passes over.
 FIELDS = ("VGG", "GoogLeNet", "Inception v2", "ResNet", "ResNet-D", "DenseNet", "MobileNet v1", "ShuffleNet v2")
-FIELDS += ("EffNet", "ConvNeXt", "NASNet", "ResNeXt")
+FIELDS += ("EffNet", "ConvNeXt", "ResNeXt")
 
 
 def built(family: str, side: int | None = None) -> tuple[nn.Module, int]:
@@ -74,7 +75,7 @@ def test_planted_dead_filters_are_found_one_of_zeros_and_one_that_never_answers(
     model.bn1.bias[5] = -100.0  # behind it the ReLU gives 0 to every image
     assert first_layer(model, images(4, side)).is_dead.nonzero()[:, 0].tolist() == [3, 5]
     vit, side = built("ViT")
-    cast(Any, vit).patch_embed.proj.weight[7] = 0.0
+    cast(Any, vit).patch_embed.proj.weight[7] *= 1e-4  # next to 0, though it answers
     assert first_layer(vit, images(4, side)).is_dead.nonzero()[:, 0].tolist() == [7]
 
 
@@ -178,6 +179,24 @@ def test_the_gradient_of_a_unit_fills_its_box_to_the_edges(layer):
     rows, columns = gradient.sum(1).nonzero()[:, 0], gradient.sum(0).nonzero()[:, 0]
     box = (int(rows[0]), int(columns[0]), int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)
     assert box == places.box(place, (side, side))
+
+
+def test_a_field_begins_where_padding_of_one_side_and_branches_put_it():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shifted = nn.Sequential(nn.ZeroPad2d((-1, 1, 2, 0)), nn.Conv2d(3, 2, 1, stride=2))
+            self.wide = nn.Sequential(nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(3, 2, (3, 1), stride=2))
+            self.pool = nn.AvgPool2d(2, stride=1, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.shifted(x)[:, :, :5] + self.wide(x)[:, :, :5])
+
+    rows = {row.name: row.field for row in layer_table(Branches(), image_size=(12, 12), logits=True)}
+    assert rows["shifted.1"] == Field((1, 1), (2, 2), (-2, 1))
+    assert rows["wide.1"] == Field((3, 1), (2, 2), (-1, 0))
+    # Together they see rows -2 to 1 and columns 0 to 1; the pool one value before that and itself.
+    assert rows["pool"] == Field((4 + 2, 2 + 2), (2, 2), (-4, -2))
 
 
 def test_a_patch_of_a_transformer_is_its_place_behind_attention_and_its_field_before():
