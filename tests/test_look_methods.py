@@ -233,6 +233,13 @@ def test_an_export_does_not_say_its_views_and_names_what_does(runs, tmp_path):
         views.look(scene(folder, "views", "data=embedded"))
 
 
+def test_only_the_runs_own_images_are_said_to_be_trained_on(runs):
+    folder = runs["simclr"][0]
+    assert "is trained on" in views.look(scene(folder, "views", "num_images=1")).lines[0]
+    for other in ("split=test", "data.limit=7", "data=embedded"):
+        assert "would see" in views.look(scene(folder, "views", "num_images=1", other)).lines[0]
+
+
 def test_no_epoch_to_look_at_is_refused(runs):
     with pytest.raises(ValueError, match=r"views[.]epochs=0"):
         views.look(scene(runs["mae"][0], "views", "views.epochs=0"))

@@ -115,7 +115,7 @@ def look(scene: Scene) -> Look:
             "noise": torch.stack([batch["noise"] for batch in seen], 1).cpu().numpy(),  # (B, E, num_noise)
             "index": shown.index,
         },
-        lines=_lines(described, recipe, when),
+        lines=_lines(described, recipe, when, trained_on=_is_trained_on(scene, split)),
     )
 
 
@@ -253,12 +253,19 @@ def label(truth: str | None, name: str, index: int) -> str:
     return truth or (Path(name).name if Path(name).suffix else f"image {index}")
 
 
-def _lines(described: Sequence[Mapping[str, Any]], recipe: Sequence[View], when: str) -> list[str]:
+def _is_trained_on(scene: Scene, split: str) -> bool:
+    """Whether the images are those of the run, under the numbers that it knows them by."""
+    own, data = scene.run_config.get("data") or {}, scene.config.data
+    same = data.name == "checkpoint" and (data.limit is None or data.limit == own.get("limit"))
+    return same and split == "train" and scene.config.images is None
+
+
+def _lines(described: Sequence[Mapping[str, Any]], recipe: Sequence[View], when: str, *, trained_on: bool) -> list[str]:
     values = [view for image in described for epoch in image["epochs"] for view in epoch["views"]]
     area = [view["area"] for view in values]
     lines = [
-        f"{len(values)} views of {len(described)} images, {len(recipe)} in each epoch, of {when}: those that the run "
-        "is trained on",
+        f"{len(values)} views of {len(described)} images, {len(recipe)} in each epoch, of {when}: "
+        + ("those that the run is trained on" if trained_on else "as the run would see images that are not its own"),
         f"a crop shows {np.mean(area):.0%} of its image on average, {min(area):.0%} at least",
     ]
     replaced = [image["name"] for image in described if image["replaced_by"]]
