@@ -35,9 +35,9 @@ class AppConfig:
     queue: int = 8  # requests that wait for the model; more are asked to come again
     seconds: float = 60.0  # that a request may take
     trust: list[str] = field(default_factory=list)  # packages whose methods a checkpoint may name, beside ssl.methods
-    seed: int = 0
-    device: Device = Device.auto
+    seed: int = 0  # of what is drawn: the sample, masks
+    device: Device = Device.auto  # auto: the GPU where there is one
     precision: Precision = Precision.fp32  # of features; gradients and maps are always of fp32
     pooling: str = "model"  # as in the evaluations
-    batch_size: int = 64
+    batch_size: int = 64  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use

@@ -16,7 +16,7 @@ class ViewsConfig:
     """The views that the method trains on."""
 
     epochs: int = 1  # how many epochs' views of each image
-    first_epoch: int = 0
+    first_epoch: int = 0  # counted from 0
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ActivationsConfig:
     layer: str | None = None  # null: the last map, of a vision transformer the hidden units of the last block
     units: list[int] | None = None  # null: num_units that choose= picks
     choose: str = "variance"  # those that vary most; or random, a seeded draw of those alive
-    num_units: int = 8
+    num_units: int = 8  # that are shown
     num_patches: int = 8  # of each unit, each of another image
 
 
@@ -83,7 +83,9 @@ class SaliencyConfig:
     """Which pixels move the score, by its gradient."""
 
     target: Any = "auto"  # predicted, label, a class, contrast, norm, feature_<number>; auto: predicted, else contrast
-    methods: list[str] = field(default_factory=lambda: ["gradient", "smoothgrad"])
+    methods: list[str] = field(
+        default_factory=lambda: ["gradient", "smoothgrad"]
+    )  # of gradient, input_x_gradient, smoothgrad, integrated_gradients
     noise_samples: int = 16  # noisy copies of an image for smoothgrad
     noise: float = 0.15  # their standard deviation, as a share of the image's range
     steps: int = 32  # of integrated_gradients, from the mean colour to the image
@@ -119,9 +121,9 @@ class GradientAscentConfig:
 
     layer: str | None = None  # a module's name, features or logits; null: logits where there is a classifier
     units: list[Any] | None = None  # numbers of channels, or names of classes; null: num_units of them, by the seed
-    num_units: int = 6
+    num_units: int = 6  # that are shown
     place: str = "mean"  # of a map: mean of all places, or centre
-    steps: int = 80
+    steps: int = 80  # of the ascent
     step_size: float = 0.1  # mean change of a value in the first step, in standard deviations of the data
     jitter: int | None = None  # pixels by which the image is moved in a step, at most; null: 1/16 of the shorter side
     l2_decay: float = 0.005  # share of the image that is lost in a step
@@ -137,7 +139,7 @@ class DeepdreamConfig:
 
     layer: str | None = None  # a module's name; null: two thirds of the way through the network
     octaves: int = 3  # sizes of the image, from small to full
-    octave_scale: float = 1.4
+    octave_scale: float = 1.4  # of each size on the one before
     steps: int = 10  # for each octave
     step_size: float = 0.04  # mean change of a value in a step, in standard deviations of the data
     jitter: int | None = None  # pixels; null: 1/8 of the shorter side
@@ -149,7 +151,7 @@ class InversionConfig:
 
     layers: list[str] | None = None  # modules' names, and features; null: four depths and features
     num_images: int = 2  # of those shown, the first
-    steps: int = 100
+    steps: int = 100  # of the descent
     step_size: float = 0.1  # of Adam at the start, in standard deviations of the data
     total_variation: float = 0.05  # weight of the mean squared difference of neighbouring pixels
     alpha_norm: float = 0.001  # weight of the mean sixth power of values
@@ -168,7 +170,7 @@ class MapConfig:
 
     projections: list[str] = field(default_factory=lambda: ["pca", "tsne"])  # of pca, tsne, umap
     perplexity: float | None = None  # of t-SNE; null: 30, or a third of the images where they are few
-    umap_neighbours: int = 15
+    umap_neighbours: int = 15  # of each image, for UMAP
     thumbnail: int = 40  # pixels of each image on the page
 
 
@@ -217,11 +219,11 @@ class LookConfig:
     sample: int = 2000  # images whose features are compared (neighbours, map, clusters, outliers)
     head: str | None = None  # folder of a probed head; null: the checkpoint's own, where it has one
     trust: list[str] = field(default_factory=list)  # packages whose methods a checkpoint may name, beside ssl.methods
-    seed: int = 0
-    device: Device = Device.auto
+    seed: int = 0  # of what is drawn: samples, masks, noise
+    device: Device = Device.auto  # auto: the GPU where there is one
     precision: Precision = Precision.fp32  # of features; gradients and maps are always of fp32
     pooling: str = "model"  # as in the evaluations
-    batch_size: int = 64
+    batch_size: int = 64  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # folder; null: <run folder>/look
     views: ViewsConfig = field(default_factory=ViewsConfig)
