@@ -16,7 +16,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     exact. This may go when `mm` asks it by itself.
     """
     if _LINEAR is not None and _is_for_onednn(a, b):
-        return _LINEAR(a, b, bias, "none", [], "")
+        dense = b.is_contiguous() or b.T.is_contiguous()
+        return _LINEAR(a, b if dense else b.contiguous(), bias, "none", [], "")  # gaps between rows take it seconds
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
 
 

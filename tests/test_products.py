@@ -30,6 +30,13 @@ def test_a_product_in_fp32_is_that_of_float64_to_rounding(monkeypatch, without, 
     assert ((product(*given, bias).double() - (expected + bias.double())).abs() <= bound + 2**-22).all()
 
 
+def test_rows_and_columns_with_gaps_between_them_are_multiplied_too():
+    a, b, _ = matrices()
+    for some in (slice(0, 32), slice(1, 64, 3)):
+        expected = (a[:, some].double() @ b[:, some].double().T).float()
+        torch.testing.assert_close(product(a[:, some], b[:, some]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_other_precisions_stay_what_torch_makes_of_them():
     for dtype in (torch.float64, torch.bfloat16):
         a, b, bias = matrices(dtype)
