@@ -46,3 +46,11 @@ def test_backward_can_run_again_over_the_same_graph() -> None:
     (second,) = torch.autograd.grad(loss, embeddings)
     assert torch.equal(first, kept)
     assert torch.equal(second, kept)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient() -> None:
+    embeddings = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    (plain,) = torch.autograd.grad(nt_xent(embeddings, temperature=0.1), embeddings)
+    for factor in (1.0, 0.25, -3.0):
+        (scaled,) = torch.autograd.grad(factor * nt_xent(embeddings, temperature=0.1), embeddings)
+        torch.testing.assert_close(scaled, factor * plain, rtol=1e-12, atol=0)

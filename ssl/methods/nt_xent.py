@@ -146,5 +146,14 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = [gradient * loss_gradient for gradient in ctx.saved_tensors]
+        gradients = [_times(gradient, loss_gradient) for gradient in ctx.saved_tensors]
         return *gradients, *[None] * (5 - len(gradients))
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product; without memory of its own where the factor is 1, as it is when a loss's own backward is called.
+
+    Only on a CPU, where reading the factor waits for nobody. What follows reads the gradient and leaves it as it is.
+    """
+    can_read = factor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return gradient if can_read and factor.item() == 1 else gradient * factor
