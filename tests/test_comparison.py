@@ -21,6 +21,7 @@ from eval.report.comparison_results import protocols_of, result_columns, score_o
 from eval.report.comparison_runs import Run, read_runs
 from eval.report.comparison_sweep import read_sweep
 from eval.report.comparison_sweep_charts import is_logarithmic
+from eval.report.comparison_tables import setting_cell
 from eval.suite import compose_evaluation
 from ssl.pretrain import run
 from ssl.run_lock import RunLock, is_held
@@ -235,7 +236,7 @@ def test_recipes_that_are_many_are_listed_by_value(tmp_path):
     text = write([tmp_path], tmp_path / "comparison.html").read_text()
     row = text[text.index('<th scope="row">optim.base_lr</th>') :].partition("</tr>")[0]
     assert "<b>0.1</b>" in row
-    assert "15: run0, run1, run10, ..." in row
+    assert "15: run0, run1, run2, ..." in row
     assert "<b>0.2</b>" in row
 
 
@@ -423,6 +424,12 @@ def test_what_two_sweeps_judged_their_runs_by_stands_in_two_columns(tmp_path):
     made = page(tmp_path, *folders)
     assert made.column("runs-table", "what one judged its runs by") == {"one": ["0.5"], "two": ["–"]}
     assert made.column("runs-table", "what two judged its runs by") == {"one": ["–"], "two": ["0.9"]}
+
+
+def test_a_long_number_is_shown_in_six_digits_and_sorted_by_all():
+    cells = [setting_cell(text) for text in ("0.026000000000000002", "0.1234567891", "cosine", "1e-3")]
+    assert [cell.text for cell in cells] == ["0.026", "0.123457", "cosine", "1e-3"]
+    assert [cell.value for cell in cells] == [0.026000000000000002, 0.1234567891, "cosine", 0.001]
 
 
 def test_an_axis_is_logarithmic_where_positive_settings_span_decades():

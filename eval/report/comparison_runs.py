@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,9 +197,14 @@ def _below(folder: Path, levels: int) -> Iterator[Path]:
         return
     if levels == 0:
         return
-    for child in sorted(folder.iterdir()):
+    for child in sorted(folder.iterdir(), key=_natural):
         if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
             yield from _below(child, levels - 1)
+
+
+def _natural(path: Path) -> list[str | int]:
+    """What orders names by the numbers in them: run2 before run10."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", path.name))]
 
 
 def _is_run(folder: Path) -> bool:

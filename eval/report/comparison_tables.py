@@ -26,6 +26,8 @@ MOST_RESULTS = 80
 MOST_NAMED = 3
 SHORT = 30
 """Characters of the longest value of a setting whose column stands open."""
+LONG_NUMBER = 10
+"""Characters beyond which a number stands in six digits."""
 FIRST_SETTINGS = (
     "method._target_",
     "model.name",
@@ -103,7 +105,10 @@ def setting_cell(text: str | None) -> Cell:
     """A setting, sorted as a number where it is one."""
     if text is None:
         return MISSING
-    return Cell(text if len(text) <= 80 else f"{text[:77]}...", as_value(text))
+    value = as_value(text)
+    if isinstance(value, float) and len(text) > LONG_NUMBER:
+        return Cell(f"{value:.6g}", value)
+    return Cell(text if len(text) <= 80 else f"{text[:77]}...", value)
 
 
 def has_seeds(recipes: Sequence[Recipe]) -> bool:
