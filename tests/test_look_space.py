@@ -55,7 +55,7 @@ def blobs(num: int, *, groups: int = 3, dim: int = 8, seed: int = 0) -> tuple[to
     """Features of groups that lie far apart, and which group each is of."""
     rng = np.random.default_rng(seed)
     centres = 10 * np.linalg.qr(rng.normal(size=(dim, dim)))[0][:groups]
-    group = np.arange(num) % groups
+    group = rng.permutation(np.arange(num) % groups)
     return torch.from_numpy(centres[group] + rng.normal(size=(num, dim))).float(), group
 
 
