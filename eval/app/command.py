@@ -101,7 +101,7 @@ def run(config: DictConfig) -> None:
 
 def address(host: str, port: int) -> str:
     """What a person opens: of a server on all interfaces by this machine's name."""
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    shown = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/"
 
 
