@@ -66,6 +66,10 @@ def look(scene: Scene) -> Look:
             f"{len(data['explained_variance'])} components of the embedding hold {leading:.0%} of its variance"
         )
     pictures |= _positions(scene, data, lines)
+    if channels < scene.channels:
+        lines.append(
+            f"each filter reads {channels} of the image's {scene.channels} channels, and is shown without colour"
+        )
     if channels > 3:
         lines.append(f"of {channels} channels the first three are shown, as red, green and blue")
     arrays = {"weight": layer.weight.numpy()}
