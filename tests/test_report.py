@@ -359,6 +359,15 @@ def test_all_refreshes_together_stay_within_their_share_over_resumes(
     assert clock[0] == made[-1]
 
 
+def test_a_disk_that_is_nearly_full_is_left_to_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(refresh.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000))
+    report = RunReport(sample=0)
+    report.write(Moment(tmp_path, 1, 2, 1e6, RUNNING))
+    assert not (tmp_path / "report.html").exists()
+    report.write(Moment(tmp_path, 2, 2, 1e6, starts.COMPLETE))
+    assert "for want of time or room" in (tmp_path / "report.html").read_text()
+
+
 def test_pictures_wait_until_there_is_time_for_them(tmp_path: Path):
     report = RunReport(max_share=0.02, sample=500)
     moments = [Moment(tmp_path, 1, 2, seconds, RUNNING) for seconds in (100.0, 10_000.0)]
@@ -646,6 +655,21 @@ def test_a_path_that_is_no_run_is_refused_in_words(tmp_path: Path):
     metrics_run(tmp_path)
     with pytest.raises(ValueError, match="is no look; there are"):
         report(f"runs=[{tmp_path}]", "looks=[nonsense]")
+
+
+def test_a_page_is_made_again_where_there_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    metrics_run(tmp_path)
+    refresh.renew(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    report(f"runs=[{tmp_path}]")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "finetune.json").write_text(result_of({}, 0.4321))
+    refresh.renew(tmp_path)
+    assert "43.21%" in (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    refresh.renew(tmp_path)
+    assert "could not be made again" in caplog.text
 
 
 def test_a_run_without_metrics_or_checkpoint_has_a_page_that_says_so(tmp_path: Path):

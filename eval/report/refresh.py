@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ from ssl.online import OnlineSubject
 from ssl.run_report import Moment
 from ssl.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 NAME = "report.html"
+LEAST_ROOM = 200_000_000
+"""Bytes that the disk must have, else a page is left out while the run goes on: the next checkpoint needs them more."""
 READ_BYTES = 8_000_000
 """Of metrics.jsonl at once, some 0.2 s; of a longer piece a sample is read."""
 
@@ -72,7 +78,7 @@ class RunReport:
         """Make the page, unless there is no time for it and the run goes on."""
         budget = self._budget_of(moment.out)
         left = budget.allows(budget.expected_page(), train_seconds=moment.train_seconds, max_share=self.max_share)
-        if moment.state == RUNNING and not left:
+        if moment.state == RUNNING and not (left and shutil.disk_usage(moment.out).free >= LEAST_ROOM):
             budget.num_left_out += 1
             return
         began = time.perf_counter()
@@ -88,3 +94,12 @@ class RunReport:
         if self._budget is None:
             self._budget = Budget.of(out)
         return self._budget
+
+
+def renew(out: Path) -> None:
+    """Make the page of a run again that has one, as something was added after its end; a failure is a warning."""
+    try:
+        if (out / NAME).exists():
+            write_page(out / NAME, run_page(gather(out, most_bytes=READ_BYTES)))
+    except Exception as error:
+        log.warning("%s could not be made again (%s: %s)", out / NAME, type(error).__name__, error)

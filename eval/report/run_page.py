@@ -170,7 +170,7 @@ def _about(run: RunFolder, spent: Spent | None) -> Markup:
         )
         if budget.num_left_out:
             lines.append(
-                f"At {budget.num_left_out} of the checkpoints the page was left as it was, for the same reason."
+                f"At {budget.num_left_out} of the checkpoints the page was left as it was, for want of time or room."
             )
         if spent.sample == 0:
             lines.append("Neighbours and map are not made during this run (report.sample=0).")
