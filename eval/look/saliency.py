@@ -58,7 +58,8 @@ def look(scene: Scene) -> Look:
         for method in settings.methods
     }
     signed = [METHODS[method] for method in settings.methods if method in SIGNED]
-    return heat_look(scene, shown, target, heats, signed=signed, title=f"Saliency of the {target.meaning}")
+    title = f"Saliency of the {target.meaning}" + ("; red raises it, blue lowers it" if signed else "")
+    return heat_look(scene, shown, target, heats, signed=signed, title=title)
 
 
 def check_settings(settings: Any) -> None:
