@@ -32,7 +32,6 @@ from eval.look.result import DoesNotApply, Look
 from eval.look.scene import Scene, sample_index
 from eval.neighbours import nearest
 from eval.rows import Rows
-from eval.splits import DEFAULTS
 from ssl.data.decode import crop_resize
 from ssl.data.reader import UNREADABLE, Reader
 from ssl.data.sources import Source
@@ -236,11 +235,11 @@ def compare(
     pictures: SmallPictures, first: np.ndarray, second: np.ndarray, *, flip: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For pairs of places in `pictures` (P,): their correlation, whether mirrored, whether all pixels are equal."""
-    shape = torch.cat([structure(part.float() / 255) for part in pictures.luma.split(READ_AT_ONCE)])  # (n, 32, 32)
     correlation, mirrored = np.zeros(len(first), np.float32), np.zeros(len(first), bool)
     for each in _parts(len(first), READ_AT_ONCE):
         part = slice(each.start, each.stop)
-        value, turned = aligned_correlation(shape[first[part]], shape[second[part]], flip=flip)
+        one, two = (structure(pictures.luma[places[part]].float() / 255) for places in (first, second))  # (B, 32, 32)
+        value, turned = aligned_correlation(one, two, flip=flip)
         correlation[part], mirrored[part] = value.numpy(), turned.numpy()
     digest = pictures.digest
     exact = np.array([digest[a] is not None and digest[a] == digest[b] for a, b in zip(first, second)], bool)
@@ -275,7 +274,7 @@ def _confirmed(scene: Scene, pool: Pool, first: np.ndarray, second: np.ndarray, 
         read_small(
             scene.source(split),
             pool.index[used[pool.split[used] == split]],
-            channels=int(scene.channels or DEFAULTS["channels"]),
+            channels=scene.channels,
             threads=scene.config.threads,
         )
         for split in dict.fromkeys(pool.split.tolist())
@@ -414,7 +413,9 @@ def _lines(searched: dict[str, Any], metrics: dict[str, float], settings: Any) -
         f"{metrics['images']:,} images in {metrics['groups']:,} groups"
     )
     if metrics.get("pairs_with_other_label"):
-        lines.append(f"{metrics['pairs_with_other_label']:,} pairs have different labels: one of the two is wrong")
+        lines.append(
+            f"{metrics['pairs_with_other_label']:,} pairs have different labels: one of the two is wrong, or they are no copies"
+        )
     counts = " and ".join(f"{number:,} of {split}" for split, number in searched["images"].items())
     why = "given" if searched["similarity_given"] else "as 99 % of copies made of some images are"
     lines.append(
