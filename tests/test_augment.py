@@ -103,14 +103,15 @@ def test_hue_equals_torchvisions_for_every_colour_of_a_coarse_cube():
 
 
 def test_grayscale_flip_and_solarize_equal_torchvisions():
-    images = hard_pixels().float() / 255
-    for expected, change in [
-        (torchvision.rgb_to_grayscale(images, 3), augment.grayscale_),
-        (torchvision.hflip(images), augment.flip_),
-    ]:
-        changed = images.clone()
-        change(changed)
-        torch.testing.assert_close(changed, expected, rtol=0, atol=1e-6)
+    crops = hard_pixels()
+    images = crops.float() / 255
+    changed = images.clone()
+    augment.grayscale_(changed)
+    torch.testing.assert_close(changed, torchvision.rgb_to_grayscale(images, 3), rtol=0, atol=1e-6)
+    for flip in ([True] * 6, [False, True, True, False, False, True], [False] * 6):
+        expected = torch.stack([torchvision.hflip(x) if swap else x for x, swap in zip(images, flip, strict=True)])
+        augment.fill_(changed, crops, np.array(flip))
+        torch.testing.assert_close(changed, expected, rtol=0, atol=0)
     thresholds = [0.0, 0.2, 128 / 255, 0.7, 254 / 255, 1.0]
     expected = torch.stack([torchvision.solarize(x, t) for x, t in zip(images, thresholds, strict=True)])
     augment.solarize_(images, torch.tensor(thresholds)[:, None])

@@ -78,18 +78,21 @@ class Augment(nn.Module):
         result = torch.empty(crops.shape, device=crops.device)
         for rows in _chunks(parameters, crops):
             chunk = {name: values[rows] for name, values in parameters.items()}
-            images = _photometric(view, _take(crops, rows), chunk, kernel_size)
+            images = _take(result, rows) if _is_range(rows) else torch.empty_like(result[: len(rows)])
+            _photometric(view, _take(crops, rows), images, chunk, kernel_size)
             images.sub_(self.mean).div_(self.std)
             if view.erase:
                 erase_(images, chunk["erase_box"], chunk["erase_key"], mode=view.erase_mode)
-            _put(result, rows, images)
+            if not _is_range(rows):  # else they lie in the result already
+                _put(result, rows, images)
         return result
 
 
-def _photometric(view: View, crops: Tensor, parameters: Mapping[str, np.ndarray], kernel_size: int) -> Tensor:
-    """Fresh float images in 0..1 of the uint8 `crops`: flip, jitter, grayscale, blur, solarise, in this order."""
-    images = crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    _change(images, parameters["flip"], flip_)
+def _photometric(
+    view: View, crops: Tensor, images: Tensor, parameters: Mapping[str, np.ndarray], kernel_size: int
+) -> None:
+    """Write the uint8 `crops` into `images` in 0..1: flip, jitter, grayscale, blur, solarise, in this order."""
+    fill_(images, crops, parameters["flip"])
     if view.jitter:
         for slot in range(len(JITTER_OPERATIONS)):
             kinds = np.where(parameters["jitter"], parameters["jitter_order"][:, slot], -1)  # (B,)
@@ -106,7 +109,6 @@ def _photometric(view: View, crops: Tensor, parameters: Mapping[str, np.ndarray]
         _change(
             images, parameters["solarize"], solarize_, np.full(len(images), view.solarize_threshold / 255, np.float32)
         )
-    return images
 
 
 def adjust_brightness_(images: Tensor, factor: Tensor) -> None:
@@ -164,9 +166,13 @@ def grayscale_(images: Tensor) -> None:
     images.copy_(_grey(images))
 
 
-def flip_(images: Tensor) -> None:
-    """Swap left and right, in place."""
-    images.copy_(images.flip(-1))
+def fill_(images: Tensor, crops: Tensor, flip: np.ndarray) -> None:
+    """Write the uint8 `crops` into `images` in 0..1, left and right swapped where `flip` (B,)."""
+    images.copy_(crops)
+    flipped = np.flatnonzero(flip)
+    if len(flipped):  # as bytes, of which there are a quarter
+        _put(images, flipped, _take(crops, flipped).flip(-1).to(images.dtype))
+    images.div_(255)
 
 
 def solarize_(images: Tensor, threshold: Tensor) -> None:
