@@ -413,9 +413,8 @@ def _lines(searched: dict[str, Any], metrics: dict[str, float], settings: Any) -
         f"{metrics['images']:,} images in {metrics['groups']:,} groups"
     )
     if metrics.get("pairs_with_other_label"):
-        lines.append(
-            f"{metrics['pairs_with_other_label']:,} pairs have different labels: one of the two is wrong, or they are no copies"
-        )
+        number = metrics["pairs_with_other_label"]
+        lines.append(f"{number:,} pairs have different labels: one of the two is wrong, or they are no copies")
     counts = " and ".join(f"{number:,} of {split}" for split, number in searched["images"].items())
     why = "given" if searched["similarity_given"] else "as 99 % of copies made of some images are"
     lines.append(
