@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from eval.config import register
 from eval.look.scene import Scene
 from eval.look.settings import LookConfig
+from eval.look.table import LOOKS
 from ssl import pretrain
 from ssl.config import CONF, register_schemas
 
@@ -19,6 +20,7 @@ TINY_RESNET = ["model=resnet18", "+model.args.layers=[1,1,1,1]", "+model.args.ch
 TINY_VIT = ["model=vit_micro", "model.args.depth=2", "model.args.embed_dim=32", "model.args.num_heads=2"]
 TINY_DECODER = ["method.decoder_dim=32", "method.decoder_depth=1", "method.decoder_heads=2"]
 EMBEDDED = ["data=embedded", "data.source.num_train=64", "data.source.num_test=24"]
+FEW = {"sample": 48, "num_images": 4}
 SHORT = [
     *["trainer.device=cpu", "trainer.precision=fp32", "trainer.global_batch_size=16", "trainer.steps=2"],
     *["online=none", "launch=none", "wandb.mode=disabled", "loader.threads=1"],
@@ -42,9 +44,12 @@ def pretrained(out: Path, method: str, *words: str) -> Path:
 
 
 def look_config(ckpt: Path | str, what: Any, *words: str) -> DictConfig:
-    """The config of `python -m eval.look`, on one thread of the CPU."""
-    own = ["device=cpu", "threads=1", "sample=48", "num_images=4"]
-    return compose_config("look", [f"ckpt={ckpt}", f"what={what}", *own, *words])
+    """The config of `python -m eval.look`, on one thread of the CPU, of few images where the look reads how many."""
+    config = compose_config("look", [f"ckpt={ckpt}", f"what={what}", "device=cpu", "threads=1"])
+    names = [config.what] if isinstance(config.what, str) else config.what
+    read = {key for name in names for key in (LOOKS[name].reads if name in LOOKS else FEW)}
+    few = [f"{key}={number}" for key, number in FEW.items() if key in read or config.what == "all"]
+    return compose_config("look", [f"ckpt={ckpt}", f"what={what}", "device=cpu", "threads=1", *few, *words])
 
 
 def scene(ckpt: Path | str, what: Any = "views", *words: str) -> Scene:

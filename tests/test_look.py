@@ -49,7 +49,7 @@ def tiny_look(monkeypatch) -> None:
     module = types.ModuleType("eval.look.tiny")
     module.look = tiny  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "eval.look.tiny", module)
-    monkeypatch.setitem(LOOKS, "tiny", Entry("tiny", "one picture"))
+    monkeypatch.setitem(LOOKS, "tiny", Entry("tiny", "one picture", ("num_images", "split", "sample")))
 
 
 # ---- the scene -----------------------------------------------------------------------------------------------------
@@ -203,6 +203,16 @@ def test_what_all_leaves_out_what_does_not_apply_and_says_so(simclr, tmp_path, t
 def test_a_setting_of_a_look_that_is_not_made_is_refused(simclr):
     with pytest.raises(ValueError, match=r"occlusion\.window has no effect without what=occlusion"):
         command.run(look_config(simclr, "filters", "occlusion.window=7"))
+
+
+@pytest.mark.parametrize(
+    ("what", "word"), [("map", "indices=[1]"), ("duplicates", "split=test"), ("filters", "sample=9")]
+)
+def test_a_shared_setting_that_the_look_does_not_read_is_refused(simclr, what, word):
+    key = word.split("=")[0]
+    config = look_config(simclr, what, word)
+    with pytest.raises(ValueError, match=f"{key}= has no effect on {what}"):
+        command.run(config)
 
 
 # ---- files and drawings --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from eval.config import register
 from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
 from eval.look.settings import LookConfig
-from eval.look.table import LOOKS, listing
+from eval.look.table import LOOKS, OPTIONAL, listing
 from eval.results import environment
 from eval.subject import checkpoint_identity
 from ssl.command import run_command
@@ -78,8 +78,13 @@ def wanted(what: Any) -> list[str]:
 
 
 def check_unused(config: DictConfig, names: Iterable[str]) -> None:
-    """Raise ValueError for a setting of a look that is not made."""
+    """Raise ValueError for a setting that no look of those that are made reads."""
     defaults = OmegaConf.structured(LookConfig)
+    read = {setting for name in names for setting in LOOKS[name].reads}
+    for key in sorted(OPTIONAL - read):
+        if plain(config[key]) != plain(defaults[key]):
+            readers = ", ".join(name for name, entry in LOOKS.items() if key in entry.reads)
+            raise ValueError(f"{key}= has no effect on {', '.join(names)}; leave it out. It is read by {readers}")
     for each in fields(LookConfig):
         if each.name not in LOOKS or each.name in names or not is_dataclass(OmegaConf.get_type(config, each.name)):
             continue

@@ -18,32 +18,42 @@ class Entry:
 
     module: str
     shows: str
+    reads: tuple[str, ...]
+    """Of the settings that looks share, those that have an effect on it."""
 
     def load(self) -> Callable[[Scene], Look]:
         """The module's function `look`."""
         return importlib.import_module(f"eval.look.{self.module}").look
 
 
+SHOWN = ("images", "indices", "num_images", "split")
+SAMPLE = ("sample", "split", "pooling")
+SCORE = (*SHOWN, "pooling", "head")
+OPTIONAL = frozenset((*SHOWN, *SAMPLE, *SCORE))
+"""Settings that some looks read and others do not."""
+
 LOOKS = {
-    "views": Entry("views", "the views that the method trains on, with their parameters"),
-    "reconstructions": Entry("reconstructions", "what MAE makes of masked images, at several mask ratios"),
-    "pretext": Entry("pretext", "relative location's answers and confusions; shortcuts that a single patch gives away"),
-    "neighbours": Entry("neighbours", "nearest images in feature space, before and after training"),
-    "map": Entry("feature_map", "PCA, t-SNE and UMAP of the features"),
-    "clusters": Entry("clusters", "k-means with representative images, purity and suspected label errors"),
-    "outliers": Entry("outliers", "images that are far from all others"),
-    "duplicates": Entry("duplicates", "near-identical images, also across train and test"),
-    "filters": Entry("filters", "filters of the first layer, or the patch embedding"),
-    "activations": Entry("activations", "the patches that activate a unit most"),
-    "attention": Entry("attention", "attention maps of a vision transformer, and their roll-out"),
-    "pca_tokens": Entry("pca_tokens", "principal components of the patch tokens as colours"),
-    "saliency": Entry("saliency", "which pixels move the score, by its gradient"),
-    "guided_backprop": Entry("guided_backprop", "the same, with only positive gradients let through"),
-    "occlusion": Entry("occlusion", "which regions move the score when they are covered"),
-    "gradcam": Entry("gradcam", "which regions of the last feature map raise the score"),
-    "gradient_ascent": Entry("gradient_ascent", "images made to activate a unit"),
-    "deepdream": Entry("deepdream", "images with more of what a layer sees in them"),
-    "inversion": Entry("inversion", "images made again from their features"),
+    "views": Entry("views", "the views that the method trains on, with their parameters", SHOWN),
+    "reconstructions": Entry("reconstructions", "what MAE makes of masked images, at several mask ratios", SHOWN),
+    "pretext": Entry(
+        "pretext", "relative location's answers and confusions; shortcuts that a single patch gives away", SHOWN
+    ),
+    "neighbours": Entry("neighbours", "nearest images in feature space, before and after training", (*SHOWN, *SAMPLE)),
+    "map": Entry("feature_map", "PCA, t-SNE and UMAP of the features", SAMPLE),
+    "clusters": Entry("clusters", "k-means with representative images, purity and suspected label errors", SAMPLE),
+    "outliers": Entry("outliers", "images that are far from all others", SAMPLE),
+    "duplicates": Entry("duplicates", "near-identical images, also across train and test", ("pooling",)),
+    "filters": Entry("filters", "filters of the first layer, or the patch embedding", SHOWN),
+    "activations": Entry("activations", "the patches that activate a unit most", ("sample", "split")),
+    "attention": Entry("attention", "attention maps of a vision transformer, and their roll-out", SHOWN),
+    "pca_tokens": Entry("pca_tokens", "principal components of the patch tokens as colours", SHOWN),
+    "saliency": Entry("saliency", "which pixels move the score, by its gradient", SCORE),
+    "guided_backprop": Entry("guided_backprop", "the same, with only positive gradients let through", SCORE),
+    "occlusion": Entry("occlusion", "which regions move the score when they are covered", SCORE),
+    "gradcam": Entry("gradcam", "which regions of the last feature map raise the score", SCORE),
+    "gradient_ascent": Entry("gradient_ascent", "images made to activate a unit", (*SHOWN, "head")),
+    "deepdream": Entry("deepdream", "images with more of what a layer sees in them", SHOWN),
+    "inversion": Entry("inversion", "images made again from their features", ("images", "indices", "split")),
 }
 
 
