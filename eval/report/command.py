@@ -41,7 +41,7 @@ class ReportConfig:
     looks: list[str] | None = None  # pictures of the last checkpoint; null: neighbours, map and the method's own
     sample: int = 1000  # images of neighbours and map
     data: EvalDataConfig = MISSING  # where the pictures' images lie, where that is not where the run had them
-    device: Device = Device.auto
+    device: Device = Device.auto  # auto: the GPU where there is one
     threads: int | None = None  # null: the cores that this process may use
     out: str | None = None  # file; null: report.html in the run folder, comparison.html beside the runs
 
