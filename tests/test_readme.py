@@ -31,7 +31,7 @@ SMALL = {
     "eval.features": "device=cpu",
     "eval.export": "",
     "eval.report": "",
-    "eval.look": "device=cpu num_images=2 sample=20",
+    "eval.look": "device=cpu num_images=2",
     "ssl.prepare": "",
     "ssl.models": "",
 }
