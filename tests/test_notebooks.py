@@ -9,6 +9,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from ssl.pretrain import run
+from tests.test_pretrain import composed
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
@@ -17,12 +20,26 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == ["look_at_a_run", "use_the_backbone_with_timm"]
 
 
+@pytest.fixture(scope="module")
+def run_of_ones_own(tmp_path_factory) -> Path:
+    """A run that a reader has already: one epoch of MAE on few images."""
+    out = tmp_path_factory.mktemp("runs") / "mae"
+    words = "method=mae model=vit_micro data.source.num_train=60 data.source.num_test=20 trainer.epochs=1"
+    small = "trainer.global_batch_size=30 trainer.device=cpu wandb.mode=disabled report=none online=none"
+    run(composed(*words.split(), *small.split()), out=out)
+    return out
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(path: Path, run_of_ones_own: Path, tmp_path: Path, monkeypatch):
+    """The first one trains its own run, the other one is told of a run that is there."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("RUN", raising=False)
+    if path == NOTEBOOKS[0]:
+        monkeypatch.delenv("RUN", raising=False)
+    else:
+        monkeypatch.setenv("RUN", str(run_of_ones_own))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
