@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,9 +78,9 @@ def overflow(visit: Visit) -> int:
     return visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Import it into a test module that opens pages; skips with a reason where there is no browser."""
+@contextlib.contextmanager
+def opened() -> Iterator[Browser]:
+    """Chromium; skips the test that asks, with a reason, where there is none."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api")

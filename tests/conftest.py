@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import tests.slurm
+from tests.browser import Browser, opened
 from tests.pool import Pool
 
 # Before torch is imported. The tests' tensors are small: more threads cost more than they bring.
@@ -30,6 +31,13 @@ def two_ranks() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real browser, for tests that open pages."""
+    with opened() as chromium:
+        yield chromium
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,10 @@ from eval.app.uploads import Refused
 from eval.head_file import save_head
 from ssl import checkpoint
 from tests.app_server import Served, png_of, serving
-from tests.browser import PHONE, Browser, Visit, browser, overflow
+from tests.browser import PHONE, Browser, Visit, overflow
 from tests.image_list import png
 from tests.scenes import pretrained
 
-__all__ = ["browser"]
 DROP = """([name, text, kind]) => {
   const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
   const data = new DataTransfer();

@@ -13,10 +13,8 @@ from eval.pages.sortable import Column, Row, SortableTable, number_cell, script,
 from eval.report.comparison import write
 from eval.report.comparison_curves import MOST_DRAWN
 from eval.report.comparison_tables import setting_cell
-from tests.browser import PHONE, Browser, Visit, browser, overflow
+from tests.browser import PHONE, Browser, Visit, overflow
 from tests.made_runs import protocol, rows, write_run, write_sweep
-
-__all__ = ["browser"]
 
 NAMES = ["run10", "run2", "Run1", "run3", "run20"]
 TOP1 = [0.5, None, 0.25, float("nan"), 0.5]

@@ -24,7 +24,7 @@ from eval.look.map_page import Panel, at_lightness, map_page, sprite_sheet
 from eval.look.neighbours import nearest_others, same_class_rate
 from eval.look.outliers import mean_distance, robust_score
 from eval.look.projections import project
-from tests.browser import PHONE, browser, overflow  # noqa: F401
+from tests.browser import PHONE, overflow
 from tests.run_folder import write_images
 from tests.scenes import pretrained, scene
 
@@ -382,7 +382,7 @@ def test_colours_are_dark_on_white_and_light_on_black_with_their_hue():
     assert at_lightness("#3f90da", least=0.1, most=0.9) == "#3f90da"
 
 
-def test_arrow_keys_walk_from_image_to_image_and_ring_it_in_both_maps(browser, tmp_path):  # noqa: F811
+def test_arrow_keys_walk_from_image_to_image_and_ring_it_in_both_maps(browser, tmp_path):
     address = a_page(tmp_path)
     visit = browser.open(address)
     visit.page.wait_for_selector(".map-plot .scatterlayer")
@@ -406,7 +406,7 @@ def test_arrow_keys_walk_from_image_to_image_and_ring_it_in_both_maps(browser, t
     visit.check(address.as_uri())
 
 
-def test_the_pointer_shows_an_image_and_a_class_can_be_shown_alone(browser, tmp_path):  # noqa: F811
+def test_the_pointer_shows_an_image_and_a_class_can_be_shown_alone(browser, tmp_path):
     address = a_page(tmp_path)
     visit = browser.open(address, viewport=PHONE, dark=True)
     visit.page.wait_for_selector(".map-plot .scatterlayer .point")

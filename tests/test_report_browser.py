@@ -12,7 +12,7 @@ from eval.pages.page import write_page
 from eval.report.gather import gather
 from eval.report.run_page import run_page
 from ssl.pretrain import run
-from tests.browser import PHONE, Browser, Visit, browser, overflow  # noqa: F401
+from tests.browser import PHONE, Browser, Visit, overflow
 from tests.test_pretrain import METHODS, SHORT, composed
 from tests.test_report import hostile_run
 
@@ -37,7 +37,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def visit(browser: Browser, page: Path) -> Iterator[Visit]:  # noqa: F811
+def visit(browser: Browser, page: Path) -> Iterator[Visit]:
     """The page on a desktop; whatever a test does there, nothing may go wrong and nothing be asked for."""
     visit = browser.open(page)
     yield visit
@@ -103,7 +103,7 @@ def test_the_first_key_leads_past_the_links_to_the_content(visit: Visit):
     assert visit.page.evaluate(outlined) == "solid"
 
 
-def test_dark_and_light_follow_the_system_and_the_switch(browser: Browser, page: Path):  # noqa: F811
+def test_dark_and_light_follow_the_system_and_the_switch(browser: Browser, page: Path):
     for dark, own, other in ((False, LIGHT, DARK), (True, DARK, LIGHT)):
         visit = browser.open(page, dark=dark)
         colour = "getComputedStyle(document.body).backgroundColor"
@@ -119,7 +119,7 @@ def test_dark_and_light_follow_the_system_and_the_switch(browser: Browser, page:
         visit.page.context.close()
 
 
-def test_texts_and_curves_stand_out_from_the_ground_in_dark_and_light(browser: Browser, page: Path):  # noqa: F811
+def test_texts_and_curves_stand_out_from_the_ground_in_dark_and_light(browser: Browser, page: Path):
     for dark in (False, True):
         visit = browser.open(page, dark=dark)
         names = ["--text", "--soft", "--link", "--warn", "--bad", "--good", *(f"--c{number}" for number in range(8))]
@@ -141,7 +141,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, page: Path, hostile_page: Path):  # noqa: F811
+def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, page: Path, hostile_page: Path):
     for path in (page, hostile_page):
         visit = browser.open(path, viewport=PHONE, touch=True)
         assert overflow(visit) == 0
@@ -156,7 +156,7 @@ def test_the_command_is_copied(visit: Visit):
     assert button.text_content() == "Copied"
 
 
-def test_hostile_texts_run_nothing_and_are_shown_as_they_are(browser: Browser, hostile_page: Path):  # noqa: F811
+def test_hostile_texts_run_nothing_and_are_shown_as_they_are(browser: Browser, hostile_page: Path):
     visit = browser.open(hostile_page)
     dialogs = []
     visit.page.on("dialog", lambda dialog: dialogs.append(dialog.message))
@@ -170,7 +170,7 @@ def test_hostile_texts_run_nothing_and_are_shown_as_they_are(browser: Browser, h
     visit.page.context.close()
 
 
-def test_the_page_refuses_requests_that_anything_in_it_would_make(browser: Browser, page: Path):  # noqa: F811
+def test_the_page_refuses_requests_that_anything_in_it_would_make(browser: Browser, page: Path):
     visit = browser.open(page)
     refused = visit.page.evaluate("fetch('https://example.org/').then(() => false, () => true)")
     assert refused

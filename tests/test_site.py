@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 from omegaconf import OmegaConf
 
+from tests.browser import DESKTOP, PHONE, overflow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -81,14 +83,22 @@ def test_meanings_are_those_beside_the_fields(reference):
     assert found == {"x": "of x", "y": "of y", "z": ""}
 
 
-def test_the_pages_ask_no_other_machine_for_anything(site):
-    pages = list(site.rglob("*.html"))
-    assert len(pages) > 10
-    loads = re.compile(
-        r"""<(?:script|img|iframe|link(?![^>]*rel="?canonical))[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>"""
-    )
-    found = {f"{page.name}: {tag[:100]}" for page in pages for tag in loads.findall(page.read_text())}
-    assert found == set()
+@pytest.mark.parametrize("name", ["index.html", "look.html", "reference/config.html", "reference/python.html"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_page_opens_from_the_disk_and_asks_no_other_machine_for_anything(site, browser, name, viewport):
+    visit = browser.open(site / name, viewport=viewport, dark=viewport is PHONE)
+    assert visit.page.inner_text("h1").strip("¶ ")
+    visit.check(site.as_uri())
+    assert overflow(visit) <= 0
+
+
+def test_the_search_finds_pages_that_were_opened_from_the_disk(site, browser):
+    visit = browser.open(site / "index.html")
+    visit.page.keyboard.press("/")
+    visit.page.keyboard.type("temperature")
+    visit.page.wait_for_selector(".md-search-result__item")
+    assert any("knn" in found.lower() for found in visit.page.locator(".md-search-result__item").all_inner_texts())
+    visit.check(site.as_uri())
 
 
 def test_every_page_of_the_navigation_is_built(site):

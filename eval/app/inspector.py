@@ -22,7 +22,8 @@ from eval.knn import TEMPERATURE, log_votes, log_weight
 from eval.look.masked import errors, reconstruct
 from eval.look.reconstructions import masked_method, with_gray
 from eval.look.result import DoesNotApply
-from eval.look.scene import SampleFeatures, Scene, Shown
+from eval.look.samples import SampleFeatures, Shown
+from eval.look.scene import Scene
 from eval.neighbours import nearest
 from eval.predict import Predictor
 from eval.rows import Rows

@@ -16,7 +16,8 @@ from eval.look.gradcam import gradcam, last_map
 from eval.look.layer_places import Places, find_places, token_grid
 from eval.look.result import DoesNotApply
 from eval.look.saliency import attribute
-from eval.look.scene import Scene, Shown
+from eval.look.samples import Shown
+from eval.look.scene import Scene
 from eval.look.target import Target, head_of, make_target
 
 NOISE_SAMPLES = 4  # of SmoothGrad: fewer than eval.look's, as a person waits

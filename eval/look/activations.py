@@ -14,7 +14,8 @@ from eval.images import read_views
 from eval.look.drawing import boxed, captioned
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import Look
-from eval.look.scene import Scene, sample_index
+from eval.look.samples import sample_index
+from eval.look.scene import Scene
 from eval.look.settings import ActivationsConfig
 from ssl.data.sources import Source
 from ssl.data.subset import Subset

@@ -20,7 +20,8 @@ from eval.look.result import Look
 from eval.look.target import Score, Target
 
 if TYPE_CHECKING:
-    from eval.look.scene import Scene, Shown
+    from eval.look.samples import Shown
+    from eval.look.scene import Scene
 
 SHARE = 0.1
 """Of the pixels that are covered in the test."""

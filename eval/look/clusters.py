@@ -15,7 +15,8 @@ from eval.look.drawing import captioned
 from eval.look.labels import class_name, labelled, one_class
 from eval.look.neighbours import nearest_others
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import SampleFeatures, Scene
+from eval.look.samples import SampleFeatures
+from eval.look.scene import Scene
 from eval.neighbours import closeness_in_double
 from eval.rows import unit_length
 from eval.scan import import_faiss

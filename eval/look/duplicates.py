@@ -29,7 +29,8 @@ from eval.look.drawing import captioned
 from eval.look.labels import agree, class_name, in_classes_of, labelled
 from eval.look.neighbours import nearest_others
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import Scene, sample_index
+from eval.look.samples import sample_index
+from eval.look.scene import Scene
 from eval.neighbours import nearest
 from eval.rows import Rows
 from ssl.data.decode import crop_resize

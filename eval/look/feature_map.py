@@ -14,7 +14,8 @@ from eval.look.map_page import Panel, map_page
 from eval.look.neighbours import backbones
 from eval.look.projections import CAUTION, PROJECTIONS, TITLES, Projected, project
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import SampleFeatures, Scene
+from eval.look.samples import SampleFeatures
+from eval.look.scene import Scene
 
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadb")
 """Petroff 2021 (arXiv:2107.02270): ten colours that people tell apart with any of three colour-vision deficiencies."""

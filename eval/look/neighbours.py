@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from eval.look.drawing import BAD, GOOD, captioned, framed
 from eval.look.labels import agree, class_name, in_classes_of, labelled
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import SampleFeatures, Scene, Shown
+from eval.look.samples import SampleFeatures, Shown
+from eval.look.scene import Scene
 from eval.neighbours import nearest
 from eval.rows import Rows
 

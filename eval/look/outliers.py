@@ -11,7 +11,8 @@ from eval.look.drawing import captioned
 from eval.look.labels import class_name
 from eval.look.neighbours import nearest_others
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import SampleFeatures, Scene
+from eval.look.samples import SampleFeatures
+from eval.look.scene import Scene
 
 SHOWN = 24
 COLUMNS = 8

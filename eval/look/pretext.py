@@ -15,7 +15,8 @@ from eval.look.drawing import captioned
 from eval.look.place_pictures import SIDE, answer_picture, confusion_plot
 from eval.look.places import Answers, accuracy, ask, commonest_mistake, confusion
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import Scene, sample_index
+from eval.look.samples import sample_index
+from eval.look.scene import Scene
 from eval.look.shortcut_report import Shortcuts, shortcut_lines, shortcut_metrics, shortcut_plot
 from eval.look.shortcuts import (
     GRID,

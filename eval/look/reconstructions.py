@@ -12,7 +12,8 @@ from torch import Tensor
 from eval.look.drawing import captioned
 from eval.look.masked import Reconstruction, errors, patch_size, reconstruct, usual_ratios
 from eval.look.result import DoesNotApply, Look
-from eval.look.scene import Scene, Shown
+from eval.look.samples import Shown
+from eval.look.scene import Scene
 from ssl.config import plain
 from ssl.methods.base import Method
 from ssl.methods.mae import num_visible

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from eval.head_file import is_head, load_head
 from eval.images import Views, find_images, read_views
 from eval.layers import make_extract, parse_sets, resolve_sets
 from eval.look.result import DoesNotApply
+from eval.look.samples import SampleFeatures, Shown, sample_index
 from eval.splits import data_settings
 from eval.subject import choose_device
 from ssl.checkpoint import LoadedBackbone, load_backbone
 from ssl.config import build, plain
 from ssl.data.augment import Augment
 from ssl.data.image_size import as_size, choose_image_size
-from ssl.data.sources import SPLITS, UNLABELLED, NoTestSplit, Source
+from ssl.data.sources import SPLITS, NoTestSplit, Source
 from ssl.data.subset import Subset, limit
 from ssl.method_file import load_method, untrained_method
 from ssl.methods.base import Method
@@ -33,53 +33,6 @@ from ssl.models.backbones import BackboneSpec, backbone_from_spec, build_backbon
 from ssl.models.initialize import initialize
 from ssl.pictures import to_uint8
 from ssl.trainer import choose_dtype
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The few images to look at, in their central view."""
-
-    index: np.ndarray
-    """(B,) in the split, or in the list of images that a person named."""
-    image: Tensor
-    """(B, C, h, w) float32, normalised, on the device."""
-    pixels: np.ndarray
-    """uint8 (B, h, w, 3)."""
-    labels: np.ndarray
-    """(B,), -1 where there is none; of multi-label sets (B, C)."""
-    names: list[str]
-    classes: list[str] | None
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def truth(self, place: int) -> str | None:
-        """The name of the class of the image at `place`, of several joined by commas; None where nobody said."""
-        label = self.labels[place]
-        if np.ndim(label):
-            named = [self.class_name(int(number)) for number in np.flatnonzero(label > 0)]
-            return ", ".join(named) or None
-        return None if label == UNLABELLED else self.class_name(int(label))
-
-    def class_name(self, label: int) -> str:
-        return self.classes[label] if self.classes is not None and label < len(self.classes) else str(label)
-
-
-@dataclass(frozen=True)
-class SampleFeatures:
-    """Features of a seeded sample of a split, in its order without the images that could not be decoded."""
-
-    features: Tensor
-    """(N, D) float32 on the CPU."""
-    index: np.ndarray
-    """(N,) in the split."""
-    labels: np.ndarray
-    """(N,), -1 where there is none; of multi-label sets (N, C)."""
-    names: list[str]
-    num_bad: int
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 class Scene:
@@ -273,6 +226,11 @@ class Scene:
             self.source("test")
         except NoTestSplit:
             return False
+        except ValueError as error:  # labels that are missing, or files that are
+            if self.config.split == "test":
+                raise
+            self.notes.append(f"the test split is left out: {error}")
+            return False
         return True
 
     def source(self, split: str) -> Source:
@@ -447,9 +405,3 @@ class Scene:
             note = f"left out, as it cannot be decoded: {reason}"
             if note not in self.notes:
                 self.notes.append(note)
-
-
-def sample_index(source: Source, num: int, seed: int) -> np.ndarray:
-    """`num` indices into `source`, sorted, seeded and spread over its classes; all where it has no more."""
-    chosen = limit(source, num, seed=seed)
-    return chosen.indices if isinstance(chosen, Subset) and chosen is not source else np.arange(len(source))

@@ -15,7 +15,8 @@ from eval.classifier import Classifier
 from eval.layers import make_extract, parse_sets, resolve_sets
 
 if TYPE_CHECKING:
-    from eval.look.scene import Scene, Shown
+    from eval.look.samples import Shown
+    from eval.look.scene import Scene
 
 Vectors = Callable[[Tensor], Tensor]
 """From normalised images (B, C, H, W) to logits or features (B, D)."""
