@@ -22,7 +22,7 @@ DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
 
 
 def patchify(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut images into patches, row by row: (B, C, H, W) to (B, N, P*P*C), channels last within a patch."""
+    """Cut images into patches, row by row: (B, C, H, W) to `(B, N, P*P*C)`, channels last within a patch."""
     rows, columns = patch_size
     batch, channels, height, width = image.shape
     x = image.reshape(batch, channels, height // rows, rows, width // columns, columns)
@@ -31,7 +31,7 @@ def patchify(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """Undo `patchify`: (B, N, P*P*C) to (B, C, H, W)."""
+    """Undo `patchify`: `(B, N, P*P*C)` to (B, C, H, W)."""
     (rows, columns), (grid_h, grid_w) = patch_size, grid_size
     x = patches.reshape(len(patches), grid_h, grid_w, rows, columns, -1)
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, H/P, P, W/P, P)
@@ -156,7 +156,7 @@ class MAE(Method):
         return {"loss": (prediction.float() - target).square().mean()}
 
     def predict(self, image: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Predict the masked patches' targets from the visible ones, (B, N-K, P*P*C) in the order of `masked`."""
+        """Predict the masked patches' targets from the visible ones, `(B, N-K, P*P*C)` in the order of `masked`."""
         encoder = self.backbone
         latent = encoder.fc_norm(
             encode(encoder, image, visible)
@@ -178,7 +178,7 @@ class MAE(Method):
         return self.decoder_pred(self.decoder_norm(x))
 
     def targets(self, image: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the masked patches' targets (B, N-K, P*P*C), and the mean and deviation (B, N-K, 1) taken out."""
+        """Return the masked patches' targets `(B, N-K, P*P*C)`, and the mean and deviation (B, N-K, 1) taken out."""
         pixels = take(patchify(image.float(), self.patch_size), masked)  # (B, N-K, P*P*C)
         if not self.norm_pixel_targets:
             zero = pixels.new_zeros(*pixels.shape[:2], 1)
