@@ -101,6 +101,16 @@ def test_the_search_finds_pages_that_were_opened_from_the_disk(site, browser):
     visit.check(site.as_uri())
 
 
+def test_commands_are_seen_whole_on_a_phone_and_copied_as_they_were_written(site, browser):
+    visit = browser.open(site / "look.html", viewport=PHONE)
+    block = visit.page.locator(".language-sh").first
+    assert block.locator("code").evaluate("code => code.scrollWidth <= code.clientWidth")
+    visit.page.evaluate("document.addEventListener('copy', () => { window.copied = document.activeElement.value })")
+    block.locator("[data-clipboard-target]").evaluate("button => button.click()")
+    written = re.findall(r"```sh\n(.*?)\n```", (ROOT / "docs" / "look.md").read_text(), re.DOTALL)[0]
+    assert visit.page.evaluate("window.copied") == written
+
+
 def test_every_page_of_the_navigation_is_built(site):
     nav = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1])
     assert nav
