@@ -43,11 +43,12 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A folder with the files that docs/extend.md tells how to write."""
+    """A folder with the files that docs/extend.md, and the part of the README that it shows, tell how to write."""
     for language in ("python", "yaml"):
-        for block in blocks("extend.md", language):
-            name = re.match(r"# (\S+)\n", block)
-            assert name, block
+        for block in [*blocks("../README.md", language), *blocks("extend.md", language)]:
+            name = re.match(r"# (my_\S+)\n", block)
+            if name is None:  # the README has other blocks, too
+                continue
             path = tmp_path / name[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.split("\n", 1)[1])
@@ -108,6 +109,22 @@ def _feature_norm(out: Path) -> float:
     with torch.no_grad():
         features = loaded.model.forward_head(loaded.model.forward_features(image), pre_logits=True)
     return features.norm(dim=1).mean().item()
+
+
+def test_a_run_of_ones_own_parts_is_judged_on_images_of_ones_own(reader: Path):
+    said = reader / "said.txt"
+    ours = (
+        "--config-dir my_conf method=rotation data=noise model=my_resnet trainer.global_batch_size=10 trainer.steps=1"
+    )
+    quick = "trainer.device=cpu wandb.mode=disabled report=none online=none out=run"
+    judged = [word.replace("runs/<run>", "run") for word in command_with("extend.md", "python -m eval.health")]
+    for words in (["ssl.pretrain", *ours.split(), *quick.split()], [*judged, "device=cpu", "sample=20", "views=0"]):
+        child = start(words, home=reader, said=said)
+        child.join(300)
+        assert child.exitcode == 0, said.read_text()[-4000:]
+    assert (
+        "noise" in json.loads((reader / "run" / "eval" / "health_noise.json").read_text())["protocol"]["data"]["name"]
+    )
 
 
 def test_the_recipe_of_ones_own_composes_and_yields_to_the_command_line(reader: Path):
