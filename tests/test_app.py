@@ -32,6 +32,7 @@ from eval.app.server import listen
 from eval.app.uploads import Refused, decode_upload, read_body
 from eval.app.worker import Worker
 from eval.head_file import save_head
+from eval.look import attention_maps
 from eval.look.scene import Scene
 from eval.predict import load_predictor
 from ssl import checkpoint, pretrain
@@ -283,6 +284,11 @@ def test_checkpoints_of_the_other_methods_are_served(tmp_path, method):
             assert answer.status == 404
 
 
+def test_attention_is_read_from_one_copy_of_the_backbone(served_mae, monkeypatch):
+    monkeypatch.setattr(attention_maps.copy, "deepcopy", lambda model: pytest.fail("it was copied for a request"))
+    assert served_mae.post("/api/maps", png(noisy())).status == 200
+
+
 @pytest.mark.parametrize("model", ["vit_micro", "resnet10"])
 def test_an_untrained_backbone_is_served(model):
     with serving("random", f"model={model}", *EMBEDDED) as found:
@@ -377,6 +383,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", list(BOMBS))
 def test_too_many_pixels_are_refused_from_the_header_alone(served, monkeypatch, bomb):
+    Image.init()  # some plugins load an image of their own when they are imported
     monkeypatch.setattr(uploads, "decode", lambda *a, **k: pytest.fail("it was decoded"))
     monkeypatch.setattr(Image.Image, "load", lambda *a, **k: pytest.fail("it was loaded"))
     answer = served.post("/api/look", BOMBS[bomb])
@@ -416,6 +423,19 @@ def test_a_jpeg_of_endless_scans_is_refused(served):
     start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     answer = served.post("/api/look", data[:end] + data[start:end] * 200 + data[end:])
     assert (answer.status, "scans" in answer.values["error"]) == (422, True)
+
+
+def test_a_photo_with_a_second_view_is_a_jpeg_of_as_few_scans_and_not_animated():
+    """Phones write a preview behind the photo, found by an MPF segment."""
+    views = [Image.fromarray(noisy(64, 64, seed)) for seed in (0, 1)]
+    data = encoded(views[0], "MPO", save_all=True, append_images=views[1:], progressive=True)
+    pixels, notes = decode_upload(data, channels=3, max_pixels=64 * 64)
+    assert np.corrcoef(pixels.reshape(-1), noisy(64, 64, 0).reshape(-1))[0, 1] > 0.5
+    assert notes == []
+    first = data.index(b"\xff\xda")
+    second = data.index(b"\xff\xda", first + 2)
+    with pytest.raises(Refused, match="scans"):
+        decode_upload(data[:second] + data[first:second] * 200 + data[second:], channels=3, max_pixels=64 * 64)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +565,9 @@ def test_nothing_is_written_while_images_come(served, monkeypatch, tmp_path):
         patched.setattr(tempfile, "SpooledTemporaryFile", lambda *a, **k: created.append(a))
         patched.setattr(tempfile, "NamedTemporaryFile", lambda *a, **k: created.append(a))
         assert served.post("/api/look", png(noisy(550, 600))).status == 200  # nearly 1 MiB
-        assert served.post("/api/look", bytes(2**20 + 1)).status == 413
+        with served.connect() as connection:  # only announced: what is not read may break the pipe of who sends it
+            connection.sendall(head(f"Content-Length: {2**20 + 1}"))
+            assert b" 413 " in connection.recv(100)
     assert created == []
     assert list(tmp_path.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
@@ -576,6 +598,13 @@ def test_a_server_on_all_interfaces_has_every_address_but_no_other_name():
     assert "evil.example" not in names
     assert "192.168.0.7.evil.example" not in names
     assert host_of("host:port") == ""
+
+
+@pytest.mark.parametrize("header", ["", "host:port", "[::1", "a@localhost"])
+def test_a_malformed_name_is_no_name_of_a_server_that_has_none(header):
+    names = names_of("")  # on all interfaces, IPv6's too
+    assert header not in names
+    assert "192.168.0.7:8000" in names
 
 
 @pytest.mark.parametrize(

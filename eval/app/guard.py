@@ -41,7 +41,7 @@ class Names:
 
     def __contains__(self, header: str) -> bool:
         name = host_of(header)
-        return name in self.names or (self.any_address and is_address(name))
+        return name != "" and (name in self.names or (self.any_address and is_address(name)))
 
 
 def names_of(host: str, further: Sequence[str] = ()) -> Names:

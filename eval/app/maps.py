@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from eval.look.attention import choose_query
-from eval.look.attention_maps import attention_maps, check_attention, rollout, seen_by
+from eval.look.attention_maps import read_attention, rollout, seen_by
 from eval.look.attribution import CLIP
 from eval.look.drawing import enlarged, overlay
 from eval.look.gradcam import gradcam, last_map
@@ -36,11 +38,9 @@ class Maps:
         self.wanted = "auto"
         self._layer: Places | None = None
         self._has_layer = True
-        self.has_attention = True
-        try:
-            check_attention(scene.backbone, scene.image_size)
-        except DoesNotApply:
-            self.has_attention = False
+        self._read: Callable[[Tensor], list[Tensor]] | None = None
+        with suppress(DoesNotApply):
+            self._read = read_attention(scene.backbone, scene.image_size)  # copies the backbone, so once
         try:
             head_of(scene)
         except ValueError as error:  # the head reads images of another size
@@ -51,7 +51,7 @@ class Maps:
         """Title, note and picture, uint8 (h, w, 3), of each map of the only image of `shown`."""
         target = make_target(self.scene, shown, self.wanted, setting="target", gradient=True)
         of = target.meaning + (f", {target.names[0]}" if target.names[0] else "")
-        found = self._attention(shown) if self.has_attention else []
+        found = self._attention(shown, self._read) if self._read is not None else []
         layer = self._find_layer(target, shown.image)
         if layer is not None:
             heat = gradcam(target.network, target.score, shown.image, layer)  # (1, h, w)
@@ -63,14 +63,14 @@ class Maps:
         found.append({"title": "SmoothGrad", "note": note, "picture": over(shown, heat, smooth=False)})
         return found
 
-    def _attention(self, shown: Shown) -> list[dict[str, Any]]:
+    def _attention(self, shown: Shown, read: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Any]]:
         """What the last layer's heads attend to on average, and the roll-out of all layers."""
         model = self.scene.backbone
         tokens = token_grid(model, self.scene.image_size)
-        assert tokens is not None  # check_attention
+        assert tokens is not None  # read_attention
         grid_size, prefix = tokens
         query = choose_query(model, None)
-        maps = attention_maps(model, shown.image)  # (1, heads, T, T) each
+        maps = read(shown.image)  # (1, heads, T, T) each
         given = {
             "Attention": (maps[-1].mean(1), "last layer, mean of its heads"),
             "Roll-out": (rollout(maps), "attention of all layers together"),

@@ -66,8 +66,9 @@ def check_header(data: bytes, *, max_pixels: int) -> list[str]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(*image.size, max_pixels)
-                is_animated = bool(getattr(image, "is_animated", False))
-                is_jpeg = image.format == "JPEG"
+                # a photo with a preview, or a second view, beside it is a JPEG too, which Pillow calls an MPO
+                is_jpeg = data.startswith(b"\xff\xd8\xff")
+                is_animated = not is_jpeg and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(max_pixels) from error
     except Image.UnidentifiedImageError as error:
