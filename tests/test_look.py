@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,63 @@ def test_a_head_of_other_weights_is_left_out_and_named(simclr, tmp_path):
     found, image = scene.classifier(), scene.shown().image
     expected = scene.backbone(image) @ head["weight"].T
     torch.testing.assert_close(found.model(image), expected, atol=1e-5, rtol=1e-4)
+
+
+def with_two_heads(run: Path, folder: Path) -> Path:
+    run = Path(shutil.copytree(run, folder))
+    loaded = checkpoint.load_backbone(run)
+    for name in ("first", "second"):
+        save_head(
+            run / "eval" / f"{name}.head",
+            sha256=loaded.hash,
+            checkpoint=loaded.path,
+            image_size=loaded.spec.image_size,
+            weight=torch.randn(3, 16),
+            bias=torch.zeros(3),
+            classes=["a", "b", "c"],
+            features={},
+        )
+    return run
+
+
+def test_heads_to_choose_from_are_told_before_the_first_look(simclr, tmp_path, tiny_look, monkeypatch, capsys):
+    run = with_two_heads(simclr, tmp_path / "run")
+    with pytest.raises(ValueError, match="2 probed heads; give one"):
+        command.run(look_config(run, "[tiny,saliency]"))
+    assert not (run / "look" / "tiny.json").exists()
+    for name in set(LOOKS) - {"tiny", "saliency"}:
+        monkeypatch.delitem(LOOKS, name)
+    command.run(look_config(run, "all"))
+    told = capsys.readouterr().out
+    assert told.index("saliency will be left out: ") < told.index("saliency: left out: ")
+    assert "2 probed heads" in told and (run / "look" / "tiny.json").exists()
+
+
+def test_what_needs_no_classifier_is_made_beside_two_heads(simclr, tmp_path):
+    run = with_two_heads(simclr, tmp_path / "run")
+    words = ["saliency.target=contrast", "saliency.methods=[gradient]", "num_images=2"]
+    command.run(look_config(run, "saliency", *words))
+    assert (run / "look" / "saliency.png").exists()
+
+
+def test_the_heads_of_a_method_do_not_apply_to_images_of_another_size(mae):
+    with pytest.raises(DoesNotApply, match="data.image_size has no effect"):
+        make_scene(mae, "views", "data.image_size=48").method()
+
+
+def test_random_weights_beside_a_run_are_of_its_seed_also_where_that_is_0(simclr):
+    made = []
+    for seed in (0, 5):
+        scene = make_scene(simclr, "views", f"seed={seed}")
+        scene.loaded = replace(scene.loaded, config={"seed": 0})  # as of a fine-tuned run, without a method
+        made.append(dict(scene.untrained().named_parameters()))
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+
+
+def test_pooling_has_an_effect_on_all_looks_that_read_features():
+    reading = {"neighbours", "map", "clusters", "outliers", "duplicates", "saliency", "guided_backprop", "occlusion"}
+    reading |= {"gradcam", "gradient_ascent", "inversion"}
+    assert {name for name, entry in LOOKS.items() if "pooling" in entry.reads} >= reading
 
 
 def test_images_without_a_test_split_are_looked_at_in_train(simclr, tmp_path):

@@ -18,6 +18,7 @@ from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
 from eval.look.settings import LookConfig
 from eval.look.table import LOOKS, OPTIONAL, listing
+from eval.look.target import needs_classifier
 from eval.results import environment
 from eval.subject import checkpoint_identity
 from ssl.command import run_command
@@ -45,6 +46,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_unused(config, names)
     scene = Scene(config)
     folder = _folder(config, scene)
+    check_classifier(config, scene, names)
     metrics: dict[str, float] = {}
     for name in names:
         began = time.perf_counter()
@@ -93,6 +95,19 @@ def check_unused(config: DictConfig, names: Iterable[str]) -> None:
             raise ValueError(
                 f"{each.name}.{changed[0]} has no effect without what={each.name}, which is not asked for; leave it out"
             )
+
+
+def check_classifier(config: DictConfig, scene: Scene, names: Iterable[str]) -> None:
+    """Say before the first look which of them lack a classifier that cannot be chosen; DoesNotApply without `all`."""
+    readers = [name for name in names if "head" in LOOKS[name].reads and needs_classifier(config[name])]
+    if not readers:
+        return
+    try:
+        scene.classifier()
+    except DoesNotApply as error:
+        if config.what != "all":
+            raise
+        print(f"{', '.join(readers)} will be left out: {error}", flush=True)
 
 
 def _folder(config: DictConfig, scene: Scene) -> Path:

@@ -161,7 +161,7 @@ class Scene:
         if self.loaded is not None and self.loaded.layout == "ssl" and isinstance(config.get("method"), dict):
             return self._still(untrained_method(spec, config, trust=list(self.config.trust)).backbone)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(config.get("seed") or self.seed))
+            torch.manual_seed(int(self.seed if config.get("seed") is None else config["seed"]))
             return self._still(backbone_from_spec(spec))
 
     @cached_property
@@ -174,7 +174,7 @@ class Scene:
                 "the pretraining run, or a checkpoint in it"
             )
         if self.config.data.image_size is not None:
-            raise ValueError("data.image_size has no effect on a pretraining method's own heads; leave it out")
+            raise DoesNotApply("data.image_size has no effect on a pretraining method's own heads; leave it out")
         with torch.random.fork_rng(devices=[]):
             method = load_method(self.loaded.path, trust=list(self.config.trust))
         return self._still(method)  # pyright: ignore[reportReturnType]
@@ -196,7 +196,7 @@ class Scene:
         named = [head for head in heads if head.name == "linear_probe.head"] or heads
         if len(named) > 1:
             listed = ", ".join(map(str, named))
-            raise ValueError(f"{self.title} has {len(named)} probed heads; give one of them as head=: {listed}")
+            raise DoesNotApply(f"{self.title} has {len(named)} probed heads; give one of them as head=: {listed}")
         return load_classifier(named[0], backbone=self.loaded.path, device=self.device) if named else None
 
     def _is_of_this_backbone(self, head: Path) -> bool:

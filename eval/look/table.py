@@ -51,9 +51,9 @@ LOOKS = {
     "guided_backprop": Entry("guided_backprop", "the same, with only positive gradients let through", SCORE),
     "occlusion": Entry("occlusion", "which regions move the score when they are covered", SCORE),
     "gradcam": Entry("gradcam", "which regions of the last feature map raise the score", SCORE),
-    "gradient_ascent": Entry("gradient_ascent", "images made to activate a unit", (*SHOWN, "head")),
+    "gradient_ascent": Entry("gradient_ascent", "images made to activate a unit", SCORE),
     "deepdream": Entry("deepdream", "images with more of what a layer sees in them", SHOWN),
-    "inversion": Entry("inversion", "images made again from their features", ("images", "indices", "split")),
+    "inversion": Entry("inversion", "images made again from their features", ("images", "indices", "split", "pooling")),
 }
 
 

@@ -23,6 +23,9 @@ Vectors = Callable[[Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], Tensor]
 """From images (N, C, H, W), and which of the shown images each is a variant of (N,), to a score each (N,)."""
 TARGETS = "auto, predicted, label, the name of a class, similarity, contrast, norm, feature_<number>"
+FREE = ("similarity", "contrast", "norm")
+"""Targets that need no classifier, as `feature_<number>` does not."""
+DIMENSION = re.compile(r"feature_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,16 @@ def head_of(scene: Scene) -> Classifier | None:
     return head
 
 
+def needs_classifier(settings: Any) -> bool:
+    """Whether a look with these settings asks whether there is a classifier."""
+    return not _is_free(str(settings.target)) if "target" in settings else settings.layer in (None, "logits")
+
+
+def _is_free(wanted: str) -> bool:
+    """Whether a target is read from the features alone."""
+    return wanted in FREE or DIMENSION.fullmatch(wanted) is not None
+
+
 def make_target(scene: Scene, shown: Shown, wanted: Any, *, setting: str, gradient: bool) -> Target:
     """What `wanted`, one of TARGETS or the number of a class, means for these images.
 
@@ -110,9 +123,7 @@ def make_target(scene: Scene, shown: Shown, wanted: Any, *, setting: str, gradie
     checkpoint or these images do not have.
     """
     wanted = str(wanted)
-    free = {"similarity", "contrast", "norm"}
-    dimension = re.fullmatch(r"feature_(\d+)", wanted)
-    if wanted in free or dimension:
+    if _is_free(wanted):
         return _feature_target(scene, shown, wanted, setting=setting, gradient=gradient)
     head = head_of(scene)
     if head is None and wanted == "auto":
