@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import statistics
 import time
 from html.parser import HTMLParser
@@ -14,14 +16,18 @@ import pytest
 
 from eval import knn as knn_command
 from eval.config import register
+from eval.report import comparison_runs
 from eval.report.comparison import write
 from eval.report.comparison_curves import measured_alike
 from eval.report.comparison_recipes import free_settings, recipe_settings, recipes_of
 from eval.report.comparison_results import protocols_of, result_columns, score_of
-from eval.report.comparison_runs import Run, read_runs
+from eval.report.comparison_runs import Run, read_run, read_runs
 from eval.report.comparison_sweep import read_sweep
 from eval.report.comparison_sweep_charts import is_logarithmic
 from eval.report.comparison_tables import setting_cell
+from eval.report.gather import gather
+from eval.report.metric_titles import HEALTH, TRAINING, title_of
+from eval.report.run_page import run_page
 from eval.suite import compose_evaluation
 from ssl.pretrain import run
 from ssl.run_lock import RunLock, is_held
@@ -337,6 +343,68 @@ def test_a_step_is_as_many_images_epochs_and_hours_as_the_batch_and_the_speed_sa
     assert axes["epoch"].tolist() == [1.0, 2.0, 4.0]
     seconds = [10 * 32 / 32, 10 * 32 / 32 + 10 * 32 / 64, 10 * 32 / 32 + 10 * 32 / 64 + 20 * 32 / 16]
     assert axes["hours"] * 3600 == pytest.approx(np.array(seconds))
+
+
+def test_hours_and_median_speed_are_of_all_steps_however_few_points_are_kept(tmp_path, monkeypatch):
+    speeds = [4.0 if step % 100 == 50 else 320.0 for step in range(1, 12_001)]
+    lines = [{"step": step, "epoch": step / 100, "images_per_second": speed} for step, speed in enumerate(speeds, 1)]
+    path = write_run(tmp_path / "a", lines=lines)
+    monkeypatch.setattr(comparison_runs, "MOST_BYTES", 10**9)
+    (only,) = read_run(path, name="a", most=50)
+    assert len(only.curves.metrics["images_per_second"]) <= 50
+    hours = only.curves.axes(np.array([12_000.0]))["hours"][0]
+    assert hours == pytest.approx(sum(32 / speed for speed in speeds) / 3600, rel=1e-6)
+    assert only.curves.median_speed == 320.0
+
+
+def test_of_a_long_run_a_sample_is_read_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_runs, "MOST_BYTES", 300_000)
+    text = "".join(json.dumps(line) + "\n" for line in rows(20_000, every=1))
+    folders = [write_run(tmp_path / name, lines=[]) for name in ("long", "short")]
+    (folders[0] / "metrics.jsonl").write_text(text)
+    (folders[1] / "metrics.jsonl").write_text(text[: text.index("\n", 1000) + 1])
+    long, short = read(*folders)
+    assert len(text) > 5 * (len(text) - long.curves.history.skipped_bytes)
+    assert (long.curves.last_step, short.curves.history.skipped_bytes) == (20_000, 0)
+    assert "Of 1 run a sample of metrics.jsonl" in write(folders, tmp_path / "comparison.html").read_text()
+    assert "a sample of metrics.jsonl" not in write(folders[1:], tmp_path / "comparison.html").read_text()
+
+
+def test_the_more_runs_there_are_the_fewer_points_of_each_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_runs, "MOST_IN_ALL", 400)
+    for name in ("a", "b", "c", "d"):
+        write_run(tmp_path / name, lines=rows(1000, every=1))
+    runs = read(tmp_path)
+    assert all(len(curve) <= 100 for run in runs for curve in run.curves.metrics.values())
+    assert [run.curves.metrics["loss"].values[[0, -1]].tolist() for run in runs] == [[2.0, 1.001]] * 4
+    text = write([tmp_path], tmp_path / "comparison.html").read_text()
+    assert "Of 1,000 points at most 50 are drawn" in text  # two charts of four curves
+
+
+def test_reading_many_runs_says_how_far_it_is(tmp_path, capsys):
+    for number in range(21):
+        write_run(tmp_path / f"run{number}", lines=rows(10))
+    read(tmp_path)
+    assert capsys.readouterr().out.splitlines() == ["10 of 21 runs are read", "20 of 21 runs are read"]
+
+
+def test_a_metric_has_one_title_and_one_scale_on_the_pages_of_one_run_and_of_several(tmp_path):
+    folder = write_run(tmp_path / "a", lines=rows(**dict.fromkeys([*TRAINING, *HEALTH, "contrastive_top1"], 0.5)))
+    pages = [run_page(gather(folder)), write([folder], tmp_path / "comparison.html").read_text()]
+    charts = [
+        {
+            title: json.loads(data)["percent"]
+            for title, data in re.findall(
+                r'<figcaption><b>(.*?)</b>.*?type="application/json".*?>(.*?)</script>', text, re.S
+            )
+        }
+        for text in pages
+    ]
+    assert charts[0] == charts[1]
+    assert len(charts[0]) == len(TRAINING) + len(HEALTH) + 1
+    shares = {title for title, percent in charts[0].items() if percent}
+    names = ("data_wait", "knn_top1", "dead_dimensions", "contrastive_top1")
+    assert shares == {html.escape(title_of(name), quote=False) for name in names}
 
 
 def test_metrics_that_were_measured_otherwise_during_a_run_do_not_share_a_chart(tmp_path):

@@ -13,6 +13,7 @@ from eval.pages.sortable import Column, Row, SortableTable, number_cell, script,
 from eval.report.comparison import write
 from eval.report.comparison_curves import MOST_DRAWN
 from eval.report.comparison_tables import setting_cell
+from eval.report.metric_titles import title_of
 from tests.browser import PHONE, Browser, Visit, overflow
 from tests.made_runs import protocol, rows, write_run, write_sweep
 
@@ -184,10 +185,10 @@ def test_results_of_two_protocols_are_in_two_columns_on_the_screen(visit):
 
 
 def test_curves_of_the_first_runs_are_drawn_with_all_their_points(visit):
-    lines = drawn(visit, chart_of(visit, "Training loss"))
+    lines = drawn(visit, chart_of(visit, title_of("loss")))
     assert list(lines) == [f"run{number}" for number in range(MOST_DRAWN)]
     assert set(lines.values()) == {80}
-    assert drawn(visit, chart_of(visit, "kNN top-1 during the run")).keys() == {"run3"}
+    assert drawn(visit, chart_of(visit, title_of("knn_top1"))).keys() == {"run3"}
 
 
 def test_a_run_that_is_unticked_leaves_every_chart_and_makes_room_for_another(visit):
@@ -196,11 +197,11 @@ def test_a_run_that_is_unticked_leaves_every_chart_and_makes_room_for_another(vi
 
     assert box("run13").is_disabled()
     box("run3").uncheck()
-    for title in ("Training loss", "Images per second"):
+    for title in (title_of("loss"), title_of("images_per_second")):
         assert "run3" not in drawn(visit, chart_of(visit, title))
-    assert drawn(visit, chart_of(visit, "kNN top-1 during the run")) == {}
+    assert drawn(visit, chart_of(visit, title_of("knn_top1"))) == {}
     box("run13").check()
-    assert list(drawn(visit, chart_of(visit, "Training loss")))[3] == "run13"
+    assert list(drawn(visit, chart_of(visit, title_of("loss"))))[3] == "run13"
     assert box("run12").is_disabled()
     colours = visit.page.eval_on_selector_all(
         "#drawn .swatch:not([hidden])", "all => all.map(each => each.style.borderTopColor + each.style.borderTopStyle)"
@@ -211,7 +212,7 @@ def test_a_run_that_is_unticked_leaves_every_chart_and_makes_room_for_another(vi
 def test_a_run_keeps_its_colour_while_others_come_and_go(visit):
     def colour() -> str:
         script = "(id) => document.querySelector(`#${id} .plot`).data.find((each) => each.name === 'run5').line.color"
-        return visit.page.evaluate(script, chart_of(visit, "Training loss"))
+        return visit.page.evaluate(script, chart_of(visit, title_of("loss")))
 
     before = colour()
     visit.page.locator("#drawn input[value='run1']").uncheck()
@@ -222,9 +223,9 @@ def test_the_rows_of_the_table_choose_the_curves(visit):
     visit.page.locator("#runs-table input[type=search]").fill("run1")
     visit.page.get_by_role("button", name="The first 12 rows of the table").click()
     expected = [f"run{number}" for number in (1, 10, 11, 12, 13)]
-    assert sorted(drawn(visit, chart_of(visit, "Training loss"))) == sorted(expected)
+    assert sorted(drawn(visit, chart_of(visit, title_of("loss")))) == sorted(expected)
     visit.page.get_by_role("button", name="None", exact=True).click()
-    assert drawn(visit, chart_of(visit, "Training loss")) == {}
+    assert drawn(visit, chart_of(visit, title_of("loss"))) == {}
     assert "0 of 14" in visit.page.inner_text("#drawn [role=status]")
 
 
@@ -233,13 +234,13 @@ def test_the_x_axis_of_all_charts_is_switched(visit):
         script = "(id) => document.querySelector(`#${id} .plot`).data[0].x.at(-1)"
         return visit.page.evaluate(script, chart_of(visit, title))
 
-    assert last_x("Training loss") == 80
+    assert last_x(title_of("loss")) == 80
     visit.page.get_by_role("button", name="images seen").click()
-    assert [last_x(title) for title in ("Training loss", "Images per second")] == [80 * 32, 80 * 32]
+    assert [last_x(title) for title in (title_of("loss"), title_of("images_per_second"))] == [80 * 32, 80 * 32]
     visit.page.get_by_role("button", name="hours of training").click()
-    assert last_x("Training loss") == pytest.approx(80 * 32 / 320 / 3600, rel=1e-4)
+    assert last_x(title_of("loss")) == pytest.approx(80 * 32 / 320 / 3600, rel=1e-4)
     visit.page.get_by_role("button", name="epoch", exact=True).click()
-    assert last_x("Training loss") == 8
+    assert last_x(title_of("loss")) == 8
 
 
 def test_charts_that_were_folded_have_their_size_when_they_are_opened(visit):

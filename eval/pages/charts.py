@@ -42,6 +42,8 @@ class Series:
     """By the axis's name, such as step and epoch; each as long as `y`."""
     visible: bool = True
     is_dashed: bool = False
+    num_points: int = 0
+    """All that there were, where some were left out before."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def line_chart(
         ys = np.asarray(each.y, dtype=np.float64)
         xs = {name: np.asarray(each.x[name], dtype=np.float64) for name in x}
         kept = decimated(next(iter(xs.values())), ys, most=most)
-        if len(kept) < np.isfinite(ys).sum():
-            told.append(int(np.isfinite(ys).sum()))
+        num_points = max(int(np.isfinite(ys).sum()), each.num_points)
+        if len(kept) < num_points:
+            told.append(num_points)
         drawn.append(
             {
                 "name": each.name,

@@ -10,31 +10,18 @@ from markupsafe import Markup
 
 from eval.online import HEALTH
 from eval.pages.charts import Series, line_chart, x_switch
-from eval.pages.decimate import MOST_POINTS
 from eval.pages.page import render
 from eval.report.comparison_recipes import as_text
-from eval.report.comparison_runs import Run
+from eval.report.comparison_runs import MOST_BYTES, Run, most_points
+from eval.report.metric_titles import is_share, title_of
 
 MOST_DRAWN = 12
 """Runs that are drawn at once: eight colours, and dashes beyond."""
-MOST_IN_ALL = 120_000
-"""Points of all curves of a page, so that the page of 200 runs stays one of a few MB."""
-FEWEST = 40
-"""Points of a curve, however many there are."""
 MOST_METRICS = 24
 FIRST = ("loss", "knn_top1", "rankme", "lr", "images_per_second", "data_wait")
 """Metrics whose charts stand open; the others are below them."""
 ONLINE = ("knn_top1", *HEALTH)
 """Metrics that are measured in the way that `online` says, on the run's data."""
-TITLES = {
-    "loss": "Training loss",
-    "lr": "Learning rate",
-    "images_per_second": "Images per second",
-    "data_wait": "Share of time waiting for data",
-    "knn_top1": "kNN top-1 during the run",
-    "rankme": "RankMe during the run",
-    "grad_norm": "Gradient norm",
-}
 NOTES = {"loss": "Losses of different methods, views or batch sizes are different quantities."}
 AXES = {"step": "step", "epoch": "epoch", "images": "images seen", "hours": "hours of training"}
 
@@ -45,7 +32,7 @@ def curves_section(runs: Sequence[Run]) -> Markup:
     if not drawn:
         return Markup("<p>None of these runs has metrics.jsonl, so there are no curves to draw.</p>")
     groups = [group for name in _metrics(drawn) for group in measured_alike(name, drawn)]
-    most = max(FEWEST, min(MOST_POINTS, MOST_IN_ALL // (len(drawn) * len(groups))))
+    most = most_points(len(drawn) * len(groups))
     charts = [
         (name, _chart(f"curve-{place}", name, own, told, drawn, most=most))
         for place, (name, own, told) in enumerate(groups)
@@ -55,6 +42,8 @@ def curves_section(runs: Sequence[Run]) -> Markup:
         switch=x_switch(_axes(drawn)),
         runs=drawn,
         most=MOST_DRAWN,
+        sampled=sum(run.curves.history.skipped_bytes > 0 for run in drawn),
+        megabytes=MOST_BYTES / 1e6,
         first=[chart for name, chart in charts if name in FIRST],
         others=[chart for name, chart in charts if name not in FIRST],
     )
@@ -111,14 +100,12 @@ def _chart(id: str, metric: str, own: Sequence[Run], told: str, drawn: Sequence[
             continue
         curve = run.curves.metrics[metric]
         axes = {name: values for name, values in run.curves.axes(curve.steps).items() if name in AXES}
-        series.append(Series(run.name, curve.values, axes, visible=place < MOST_DRAWN))
-    title = TITLES.get(metric, metric) + (f" ({told})" if told else "")
+        series.append(Series(run.name, curve.values, axes, visible=place < MOST_DRAWN, num_points=curve.num_points))
+    title = title_of(metric) + (f" ({told})" if told else "")
     note = NOTES.get(metric, "")
     if told:
         note = "Runs that measured it otherwise have a chart of their own."
-    return line_chart(
-        id, series, x=_axes(drawn), y=metric, title=title, percent=_is_share(metric), note=note, most=most
-    )
+    return line_chart(id, series, x=_axes(drawn), y=metric, title=title, percent=is_share(metric), note=note, most=most)
 
 
 def _axes(runs: Sequence[Run]) -> dict[str, str]:
@@ -137,10 +124,6 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
     found = dict.fromkeys(name for run in runs for name in run.curves.metrics)
     ordered = [*(name for name in FIRST if name in found), *(name for name in found if name not in FIRST)]
     return ordered[:MOST_METRICS]
-
-
-def _is_share(metric: str) -> bool:
-    return metric in ("data_wait", "accuracy", "mfu") or metric.endswith("top1")
 
 
 SECTION = """\
@@ -163,6 +146,9 @@ SECTION = """\
 <p class="small" role="status"></p>
 </fieldset>
 {{ switch }}
+{% if sampled %}<p class="soft small">Of {{ sampled }} run{{ '' if sampled == 1 else 's' }} a sample of metrics.jsonl
+was read, as it has more than {{ '%g' % megabytes }} MB: peaks may be missing. <code>python -m eval.report</code> with one
+run reads all of it.</p>{% endif %}
 <div class="charts compared">
 {% for chart in first %}
 {{ chart }}

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from eval.compare import Result
+from eval.pages.decimate import MOST_POINTS
 from eval.protocols import read_result
 from eval.report.comparison_results import by_protocol
 from eval.report.comparison_sweep import Job, SweepFolder, read_sweep
-from eval.report.gather import LOST, RunFolder, gather, read_json
+from eval.report.gather import LOST, UNSOUND, RunFolder, gather, is_sound, read_json
 from eval.report.metrics import Curve, History
 from ssl.failed_step import STEP_FILE
 from ssl.same_run import flat
@@ -26,6 +27,14 @@ from ssl.sweep import DONE, RUNNING
 DEEPEST = 4
 """So many levels of folders below a given one are searched for runs."""
 MOST_RUNS = 1000
+MOST_BYTES = 2_000_000
+"""Of each metrics.jsonl, some 0.05 s; of a longer one a sample is read."""
+MOST_IN_ALL = 120_000
+"""Points that a page has of all curves, and that are kept of all runs for each metric: some MB for 200 runs."""
+FEWEST = 40
+"""Points of a curve, however many there are."""
+RUNS_A_LINE = 10
+"""After so many runs a line says how far the reading is."""
 NOT_TRAINED, UNREADABLE = "not trained", "unreadable"
 
 
@@ -36,6 +45,8 @@ class Curves:
     history: History = field(default_factory=History)
     batch_size: int = 0
     """Images of a step, over all devices; 0 where the config does not tell."""
+    median_speed: float | None = None
+    """Images per second, over all that were read."""
 
     @property
     def metrics(self) -> dict[str, Curve]:
@@ -60,12 +71,11 @@ class Curves:
         return {"step": steps, "epoch": steps / per_epoch, "images": images, "hours": self._hours(steps)}
 
     def _hours(self, steps: np.ndarray) -> np.ndarray:
-        speed = self.metrics.get("images_per_second")
-        if speed is None or not self.batch_size:
+        pace = self.history.pace
+        if not len(pace) or not self.batch_size:
             return np.full(len(steps), math.nan)
-        at, rate = speed.steps[speed.values > 0], speed.values[speed.values > 0]
-        hours = np.cumsum(np.diff(at, prepend=0) * self.batch_size / rate) / 3600
-        return np.interp(steps, np.concatenate([[0], at]), np.concatenate([[0.0], hours]))
+        hours = pace.values * self.batch_size / 3600
+        return np.interp(steps, np.concatenate([[0], pace.steps]), np.concatenate([[0.0], hours]))
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,18 @@ def read_runs(given: Sequence[Path]) -> tuple[list[Run], list[SweepFolder]]:
         raise ValueError(f"{len(found) + len(without):,} runs are too many for a page; give at most {MOST_RUNS:,}")
     rows = [(name, path, job) for name, (path, job) in zip(short_names(list(found)), found.values())]
     rows += [(name, path, job) for name, (path, job) in without.items()]
-    return [each for name, path, job in rows for each in _read(path, name, job)], sweeps
+    most = most_points(len(rows))
+    read: list[Run] = []
+    for number, (name, path, job) in enumerate(rows, 1):
+        read += _read(path, name, job, most=most)
+        if number % RUNS_A_LINE == 0:
+            print(f"{number:,} of {len(rows):,} runs are read", flush=True)
+    return read, sweeps
+
+
+def most_points(num_curves: int) -> int:
+    """Points that each of so many curves may have."""
+    return max(FEWEST, min(MOST_POINTS, MOST_IN_ALL // max(num_curves, 1)))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -138,18 +159,24 @@ def find_runs(folder: Path) -> list[Path]:
     return found
 
 
-def read_run(path: Path, *, name: str, job: Job | None = None) -> list[Run]:
-    """The row of a run, and one more for each baseline that was judged in its folder. What cannot be read is told."""
+def read_run(path: Path, *, name: str, job: Job | None = None, most: int = MOST_POINTS) -> list[Run]:
+    """The row of a run, and one more for each baseline that was judged in its folder. What cannot be read is told.
+    `most` points are kept of each curve.
+    """
     problems: list[str] = []
     if path.is_file():  # what an evaluation in a sweep made
         results = _sound(_results([path], problems), problems)
         state = _state_of_job(job) or State("evaluated")
         return [Run(name, path, state, results=by_protocol(results), job=job, problems=problems)]
-    folder = gather(path)
+    folder = gather(path, most_bytes=MOST_BYTES)
+    speed = folder.history.curves.get("images_per_second")
+    median_speed = float(np.median(speed.values)) if speed else None
+    folder.history.thin(most)
     trained = bool(folder.config) or bool(folder.history.num_rows)
     problems += [each for each in folder.problems if trained and not each.endswith("is missing")]
     results = [Result(each.path, each.metrics, each.protocol) for each in folder.results]
-    results = _sound(results or _results(_result_files(path), problems), problems)
+    results = results or _sound(_results(_result_files(path), problems), problems)
+    problems = list(dict.fromkeys(problems))
     own = [each for each in results if not trained or not _is_baseline(each)]
     batch = (folder.config.get("trainer") or {}).get("global_batch_size")
     rows = [
@@ -159,7 +186,7 @@ def read_run(path: Path, *, name: str, job: Job | None = None) -> list[Run]:
             _state_of_job(job) or (_state(folder) if trained else _state_without_training(job, results)),
             config=flat(folder.config) if folder.config else {},
             parts=flat(folder.recipe.get("parts") or {}),
-            curves=Curves(folder.history, batch if isinstance(batch, int) else 0),
+            curves=Curves(folder.history, batch if isinstance(batch, int) else 0, median_speed),
             results=by_protocol(own),
             job=job,
             problems=problems,
@@ -183,10 +210,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) for path in whole]
 
 
-def _read(path: Path, name: str, job: Job | None) -> list[Run]:
+def _read(path: Path, name: str, job: Job | None, *, most: int) -> list[Run]:
     """The rows of a run. One whose files hold something else than a run writes is told, and costs no other its row."""
     try:
-        return read_run(path, name=name, job=job)
+        return read_run(path, name=name, job=job, most=most)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         return [Run(name, path, State(UNREADABLE, f"{type(error).__name__}: {error}"), job=job)]
 
@@ -242,16 +269,8 @@ def _results(paths: Sequence[Path], problems: list[str]) -> list[Result]:
 
 def _sound(results: Sequence[Result], problems: list[str]) -> list[Result]:
     """Results whose protocols have the parts that the page reads, as evaluations write them."""
-    kept = []
-    for result in results:
-        data, checkpoint = (result.protocol.get(name) for name in ("data", "checkpoint"))
-        step = checkpoint.get("step") if isinstance(checkpoint, Mapping) else None
-        parts = all(part is None or isinstance(part, Mapping) for part in (data, checkpoint))
-        if parts and (step is None or isinstance(step, int)):
-            kept.append(result)
-        else:
-            problems.append(f"{result.path} has a protocol that no evaluation writes, and is left out")
-    return kept
+    problems += [f"{each.path} {UNSOUND}" for each in results if not is_sound(each.protocol)]
+    return [each for each in results if is_sound(each.protocol)]
 
 
 def _is_baseline(result: Result) -> bool:

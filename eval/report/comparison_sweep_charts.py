@@ -10,6 +10,7 @@ from markupsafe import Markup
 from eval.pages.charts import Group, scatter
 from eval.pages.page import render
 from eval.report.comparison_sweep import Job, SweepFolder, as_value
+from eval.report.metrics import is_number
 from ssl.sweep_table import best_of
 
 MOST_CHARTS = 12
@@ -69,15 +70,11 @@ def is_logarithmic(numbers: Sequence[float]) -> bool:
 
 def _measure(sweep: SweepFolder) -> tuple[str, dict[int, float]]:
     """What the runs are drawn by: the objective, or the last training loss where there is none; by the run's number."""
-    values = {job.number: job.objective for job in sweep.jobs if _is_number(job.objective)}
+    values = {job.number: job.objective for job in sweep.jobs if is_number(job.objective)}
     if values:
         return sweep.objective, values  # pyright: ignore[reportReturnType]
-    losses = {job.number: job.metrics["loss"] for job in sweep.jobs if _is_number(job.metrics.get("loss"))}
+    losses = {job.number: job.metrics["loss"] for job in sweep.jobs if is_number(job.metrics.get("loss"))}
     return "last training loss", losses
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _words(job: Job, swept: Sequence[str]) -> str:

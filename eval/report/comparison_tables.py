@@ -222,14 +222,13 @@ def _progress_cells(run: Run) -> list[Cell]:
     curves = run.curves
     if not curves.metrics:
         return [MISSING] * 5
-    loss, speed = (curves.metrics.get(name) for name in ("loss", "images_per_second"))
-    median_speed = None if speed is None else float(np.median(speed.values))
+    loss, speed = curves.metrics.get("loss"), curves.median_speed
     hours = float(curves.axes(np.array([curves.last_step]))["hours"][0])
     return [
         number_cell(curves.last_epoch or None),
         number_cell(curves.last_step, f"{curves.last_step:,}"),
         number_cell(None if loss is None else float(loss.values[-1])),
-        number_cell(median_speed, None if median_speed is None else f"{median_speed:,.0f}"),
+        number_cell(speed, None if speed is None else f"{speed:,.0f}"),
         number_cell(hours, f"{hours:.2f}"),
     ]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -22,19 +23,25 @@ class Curve:
     """One metric's points, at most HOLD of them; among those that were let go is neither its lowest nor its highest."""
 
     def __init__(self) -> None:
-        self._points: list[tuple[float, float, float]] = []
+        self._numbers = array("d")  # step, epoch and value of each point after the other
         self.num_points = 0
         """All that were added, also those let go."""
         self.num_missing = 0
-        """Rows in which the metric was null: it was not finite."""
+        """Rows in which the metric was null or NaN: it was not finite."""
 
     def add(self, step: float, epoch: float, value: float) -> None:
         """Add a point."""
         self.num_points += 1
-        self._points.append((step, epoch, value))
-        if len(self._points) >= HOLD:
-            steps, _, values = np.array(self._points).T
-            self._points = [self._points[place] for place in decimated(steps, values)]
+        self._numbers.extend((step, epoch, value))
+        if len(self) >= HOLD:
+            self.thin(MOST_POINTS)
+
+    def thin(self, most: int) -> None:
+        """Let go of all but `most` points, the lowest and the highest of each part of the steps among those kept."""
+        if len(self) > most:
+            points = self._points()
+            kept = points[decimated(points[:, 0], points[:, 2], most=most)]
+            self._numbers = array("d", kept.tobytes())
 
     @property
     def steps(self) -> np.ndarray:
@@ -50,10 +57,14 @@ class Curve:
         return self._column(2)
 
     def _column(self, place: int) -> np.ndarray:
-        return np.array([point[place] for point in self._points], dtype=np.float64)
+        return self._points()[:, place].copy()
+
+    def _points(self) -> np.ndarray:
+        """(N, 3)"""
+        return np.array(self._numbers, dtype=np.float64).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self._points)
+        return len(self._numbers) // 3
 
 
 class History:
@@ -61,17 +72,19 @@ class History:
 
     def __init__(self) -> None:
         self.curves: dict[str, Curve] = {}
-        self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.latest: dict[str, float] = {}
         """Of each metric the last value that is a number."""
+        self.pace = Curve()
+        """Seconds of training up to each step for each image of a batch, by the images per second that were logged."""
         self.num_rows = 0
         self.num_torn = 0
-        """Lines that are no JSON object with a step."""
+        """Lines that are no JSON object whose step, and epoch where there is one, are finite numbers."""
         self.skipped_bytes = 0
         """What was passed over, where a file was too long."""
         self.total_bytes = 0
         self._offset = 0
+        self._paced: tuple[float, float] = (0.0, 0.0)  # step and seconds of the last point of `pace`
 
     def read(self, path: Path, *, most_bytes: int | None = None) -> None:
         """Add the whole lines that were written since the last call.
@@ -94,6 +107,11 @@ class History:
             else:
                 self._offset = self._sample(file, size, max(most_bytes // NUM_BLOCKS, 4096))
         self.total_bytes = size
+
+    def thin(self, most: int) -> None:
+        """Let go of all but `most` points of each curve; see Curve.thin."""
+        for curve in (*self.curves.values(), self.pace):
+            curve.thin(most)
 
     def describe(self) -> str:
         """What of the file the curves leave out; nothing where they have all of it."""
@@ -126,23 +144,30 @@ class History:
     def _add(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-            step = float(row["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, RecursionError):
+            row = None
+        step, epoch = (row.get("step"), row.get("epoch")) if isinstance(row, dict) else (None, None)
+        if row is None or not is_number(step) or not (epoch is None or is_number(epoch)):
             self.num_torn += 1
             return
-        epoch = row.get("epoch")
-        epoch = float(epoch) if _is_number(epoch) else math.nan
+        step, epoch = float(step), math.nan if epoch is None else float(epoch)
         self.num_rows += 1
-        self.first = self.first or row
         self.last = row
         for name, value in row.items():
             if name in ("step", "epoch"):
                 continue
-            if _is_number(value):
+            if is_number(value):
                 self._curve(name).add(step, epoch, value)
                 self.latest[name] = value
-            elif value is None:
+            elif value is None or isinstance(value, float):
                 self._curve(name).num_missing += 1
+        self._add_pace(step, epoch, row.get("images_per_second"))
+
+    def _add_pace(self, step: float, epoch: float, speed: Any) -> None:
+        before, seconds = self._paced
+        if is_number(speed) and speed > 0 and step > before:  # a run that was taken back does steps again
+            self._paced = (step, seconds + (step - before) / speed)
+            self.pace.add(step, epoch, self._paced[1])
 
     def _curve(self, name: str) -> Curve:
         if name not in self.curves:
@@ -159,5 +184,9 @@ def skips(curve: Curve) -> Iterator[tuple[float, float, int]]:
         before = value  # a run that was taken back to a checkpoint may count again
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a JSON is a finite number, and no larger than float64 holds."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int of hundreds of digits
+        return False

@@ -8,26 +8,10 @@ from markupsafe import Markup
 from eval.pages.charts import Mark, Series, line_chart, x_switch
 from eval.pages.page import render
 from eval.report.gather import RunFolder
+from eval.report.metric_titles import HEALTH, TRAINING, is_share
 from eval.report.metrics import Curve, skips
 
 AXES = {"step": "step", "epoch": "epoch"}
-TRAINING = {
-    "loss": "Loss",
-    "lr": "Learning rate",
-    "images_per_second": "Throughput, images per second",
-    "data_wait": "Share of time waiting for data",
-    "grad_norm": "Gradient norm, before clipping",
-}
-HEALTH = {
-    "knn_top1": "kNN top-1 accuracy",
-    "rankme": "RankMe: directions that the features use",
-    "alpha_req": "alpha-ReQ: decay of the features' spectrum",
-    "feature_std": "Standard deviation of normalised features",
-    "mean_cosine": "Mean cosine similarity of two images",
-    "dead_dimensions": "Share of dimensions that hardly differ",
-    "lidar": "LiDAR",
-}
-PERCENT = ("data_wait", "knn_top1", "dead_dimensions", "accuracy", "contrastive_top1", "mfu")
 NO_CHART = ("bad_images", "skipped_steps")
 
 
@@ -86,7 +70,7 @@ def _chart(run: RunFolder, name: str, title: str, marks: list[Mark]) -> Markup:
         x=axes,
         y=title,
         marks=[Mark({key: mark.x[key] for key in axes}, mark.label, mark.kind) for mark in marks],
-        percent=name in PERCENT,
+        percent=is_share(name),
         note=_thinned(curve),
     )
 
