@@ -227,6 +227,15 @@ def test_the_patches_that_views_marks_are_those_that_the_method_cuts(runs, looks
         assert torch.equal(view[0, :, rows, columns], patch)
 
 
+@pytest.mark.parametrize(("split", "said"), [("train", "is shown in epoch 0"), ("test", "would be shown of images")])
+def test_the_title_says_whether_the_run_is_ever_shown_these_images(split, said, runs, monkeypatch):
+    titles: list[str] = []
+    draw = views.captioned
+    monkeypatch.setattr(views, "captioned", lambda rows, **words: titles.append(words["title"]) or draw(rows, **words))
+    views.look(scene(runs["simclr"][0], "views", f"split={split}"))
+    assert said in titles[0]
+
+
 def test_an_export_does_not_say_its_views_and_names_what_does(runs, tmp_path):
     folder = checkpoint.export(checkpoint.load_backbone(runs["simclr"][0]), tmp_path / "export")
     with pytest.raises(DoesNotApply, match="give the folder of the pretraining run"):
@@ -368,6 +377,12 @@ def test_reconstructions_are_written_with_errors_and_a_flat_guess_beside_them(ru
     assert means == pytest.approx([found["reconstructions.error_50"], found["reconstructions.error_80"]])
     picture = np.array(Image.open(tmp_path / "reconstructions.png"))
     assert picture.shape[1] > 6 * 96  # input, and three pictures for each ratio
+
+
+def test_the_title_says_what_flat_is():
+    titled = scene("random", "reconstructions", *TINY_VIT, *EMBEDDED)
+    assert "Flat: that of each hidden patch's own mean" in reconstructions.plain_title(titled, tiny_mae(norm=True))
+    assert "Flat: that of the mean colour of what is seen" in reconstructions.plain_title(titled, tiny_mae(norm=False))
 
 
 @pytest.mark.parametrize("ratios", [[0.0], [0.5, 1.0], [0.999], []])

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from eval.look.labels import agree, class_name, in_classes_of
 from eval.look.map_page import Panel, at_lightness, map_page, sprite_sheet
 from eval.look.neighbours import nearest_others, same_class_rate
 from eval.look.outliers import mean_distance, robust_score
-from eval.look.projections import project
+from eval.look.projections import Projected, project
+from eval.look.result import DoesNotApply
 from tests.browser import PHONE, overflow
 from tests.run_folder import write_images
 from tests.scenes import pretrained, scene
@@ -133,6 +135,13 @@ def test_neighbours_share_the_class_where_the_class_is_plain_to_see(runs, photos
     assert found.pictures[""].dtype == np.uint8
 
 
+def test_the_image_asked_is_cut_to_a_square_as_its_neighbours_are_and_not_squashed():
+    tall = np.zeros((40, 20, 3), np.uint8)
+    tall[10:30] = np.arange(20, dtype=np.uint8)[:, None, None]
+    assert (neighbours.square(tall, 20) == tall[10:30]).all()
+    assert (neighbours.square(tall.swapaxes(0, 1), 20) == tall[10:30].swapaxes(0, 1)).all()
+
+
 def test_an_untrained_network_alone_has_one_row_per_image(runs):
     words = ["model=resnet18", "data=embedded", "data.source.num_train=30", "data.source.num_test=12"]
     found = neighbours.look(scene("random", "neighbours", *words, "num_images=2"))
@@ -206,6 +215,17 @@ def test_clusters_without_labels_say_what_is_left_out(runs, tmp_path):
     found = clusters.look(scene(runs["simclr"], "clusters", "data=folder", f"data.root={tmp_path}"))
     assert "purity" not in found.metrics
     assert any("left out" in line for line in found.lines)
+    assert len(found.data["clusters"]) == 10
+
+
+def test_a_single_label_is_not_voted_on(runs, photos, monkeypatch):
+    looked = scene(runs["simclr"], "clusters", "data=folder", f"data.root={photos}")
+    sample = looked.features()
+    labels = np.where(np.arange(len(sample)) == 3, sample.labels, -1)
+    monkeypatch.setattr(looked, "features", lambda: replace(sample, labels=labels))
+    found = clusters.look(looked)
+    assert "one image is labelled" in found.lines[-1]
+    assert "suspected_labels" not in found.metrics
     assert len(found.data["clusters"]) == 10
 
 
@@ -328,6 +348,21 @@ def test_a_map_shows_the_trained_beside_the_untrained(method, runs):
     assert float(size[1]) == pytest.approx(len(found.pages[""].encode()) / 1e6, abs=0.06)
 
 
+def test_a_distance_is_as_long_upwards_as_sideways_in_the_picture():
+    corners = np.array([(0, 0), (10, 0), (0, 2), (10, 2)], float)
+    map_of = Projected(corners, {"trustworthiness": 1.0})
+    picture = feature_map._picture("4 images", "pca", {"trained": map_of}, grouped(np.full(4, -1), None))
+    colour = [int(COLOURS[0][at : at + 2], 16) for at in (1, 3, 5)]
+    rows, columns = np.nonzero((picture == colour).all(-1))
+    dot = 7  # pixels, about: both extents hold one
+    assert np.ptp(columns) - dot == pytest.approx(5 * (np.ptp(rows) - dot), rel=0.1)
+
+
+def test_a_map_of_three_images_says_which_setting_gives_more(runs):
+    with pytest.raises(DoesNotApply, match="give more sample="):
+        feature_map.look(scene(runs["simclr"], "map", "sample=3"))
+
+
 def test_projections_that_are_none_are_refused(runs):
     with pytest.raises(ValueError, match="pca, tsne, umap"):
         feature_map.look(scene(runs["simclr"], "map", "map.projections=[lda]"))
@@ -402,8 +437,30 @@ def test_arrow_keys_walk_from_image_to_image_and_ring_it_in_both_maps(browser, t
     shot = Image.open(io.BytesIO(visit.page.locator("#map-thumb").screenshot())).convert("RGB")
     assert np.abs(np.array(shot.getpixel((50, 50))) - COLUMN[1]).max() < 30  # pyright: ignore
     visit.page.keyboard.press("Escape")
-    assert visit.page.inner_text("#map-text") == "No image chosen."
+    assert not visit.page.is_visible("#map-card")
     visit.check(address.as_uri())
+
+
+def test_the_page_of_one_part_has_no_link_to_itself_and_nothing_over_the_maps_until_an_image_is_chosen(
+    browser, tmp_path
+):
+    visit = browser.open(a_page(tmp_path))
+    visit.page.wait_for_selector(".map-plot .scatterlayer")
+    assert visit.page.locator("nav a").count() == 0
+    assert not visit.page.is_visible("#map-card")
+    visit.page.locator(".map-plot").first.focus()
+    visit.page.keyboard.press("ArrowRight")
+    assert visit.page.is_visible("#map-card")
+
+
+def test_a_distance_is_as_long_upwards_as_sideways_on_the_page(browser, tmp_path):
+    visit = browser.open(a_page(tmp_path))
+    visit.page.wait_for_selector(".map-plot .scatterlayer")
+    pixels_each = visit.page.evaluate(
+        "[...document.querySelectorAll('.map-plot')].flatMap((p) => ['xaxis', 'yaxis'].map((name) =>"
+        " p._fullLayout[name]._length / Math.abs(p._fullLayout[name].range[1] - p._fullLayout[name].range[0])))"
+    )
+    assert pixels_each == pytest.approx([pixels_each[0]] * 4, rel=1e-3)
 
 
 def test_the_pointer_shows_an_image_and_a_class_can_be_shown_alone(browser, tmp_path):
@@ -420,7 +477,7 @@ def test_the_pointer_shows_an_image_and_a_class_can_be_shown_alone(browser, tmp_
     visit.page.get_by_role("button", name="class 2").click()
     opacity = visit.page.evaluate("document.querySelector('.map-plot').data[0].marker.opacity")
     assert [value > 0 for value in opacity] == [False] * 6 + [True] * 3
-    assert visit.page.inner_text("#map-text") == "No image chosen."
+    assert not visit.page.is_visible("#map-card")
     assert visit.page.get_by_role("button", name="<i>1</i>").get_attribute("aria-pressed") == "false"
     visit.page.get_by_role("button", name="t-SNE").click()
     assert visit.page.inner_text("#map-caution") == "about t-SNE"

@@ -47,7 +47,7 @@ def look(scene: Scene) -> Look:
     _check(settings, names)
     sample = scene.features()
     if len(sample) < 4:
-        raise DoesNotApply(f"a map needs 4 images or more, there are {len(sample)}")
+        raise DoesNotApply(f"a map needs 4 images or more, there are {len(sample)}; give more sample=, or more data")
     found: dict[str, dict[str, Projected]] = {}
     for name in names:
         found[name] = {
@@ -128,6 +128,7 @@ def _picture(subject: str, name: str, panels: dict[str, Projected], groups: Grou
                 *own.T, s=size, c=groups.colour(group), marker=MARKERS[group], label=groups.names[group], linewidths=0
             )
         axis.set_title(f"{which}\n{projected.summary}", fontsize=11)
+        axis.set_aspect("equal", adjustable="datalim")
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(f"{TITLES[name]} of {subject}\n{CAUTION[name]}", fontsize=11)

@@ -31,7 +31,8 @@
   const axis = () => ({ showgrid: false, zeroline: false, showticklabels: false, ticks: "" });
   const layout = () => ({
     paper_bgcolor: variable("--back"), plot_bgcolor: variable("--back"), margin: { l: 6, r: 6, t: 6, b: 6 },
-    xaxis: axis(), yaxis: axis(), hovermode: "closest", hoverdistance: 12, uirevision: projection, dragmode: still ? false : "zoom",
+    xaxis: axis(), yaxis: { ...axis(), scaleanchor: "x" },  // a distance is as long in one direction as in another
+    hovermode: "closest", hoverdistance: 12, uirevision: projection, dragmode: still ? false : "zoom",
   });
 
   const draw = () => {
@@ -47,10 +48,9 @@
       Plotly.restyle(map.plot, { x: [x], y: [y] }, [1]);
     }
     const thumb = byId("map-thumb");
+    byId("map-card").classList.toggle("chosen", current !== null);
     if (current === null) {
-      thumb.style.backgroundImage = "none";
-      thumb.setAttribute("aria-label", "");
-      byId("map-text").textContent = "No image chosen.";
+      byId("map-text").textContent = "";
       return;
     }
     const column = current % data.columns, row = Math.floor(current / data.columns);
@@ -71,13 +71,11 @@
 
   // The nearest image that is shown and lies more in the direction of the arrow than beside it.
   const neighbour = (panel, dx, dy) => {
-    const width = Math.max(...panel.x) - Math.min(...panel.x) || 1;
-    const height = Math.max(...panel.y) - Math.min(...panel.y) || 1;
     let best = null, least = Infinity;
     for (let i = 0; i < num; i += 1) {
       if (!shown[data.number[i]] || i === current) continue;
       if (current === null) return i;
-      const across = (panel.x[i] - panel.x[current]) / width, up = (panel.y[i] - panel.y[current]) / height;
+      const across = panel.x[i] - panel.x[current], up = panel.y[i] - panel.y[current];
       const along = across * dx + up * dy, beside = Math.abs(across * dy) + Math.abs(up * dx);
       const far = along + 2 * beside;
       if (along > 0 && along >= beside && far < least) { best = i; least = far; }

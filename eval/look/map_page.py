@@ -27,7 +27,8 @@ BODY = """
 below, and its place in the other map is ringed. A click or Enter keeps it, Escape lets it go. Drag a box to enlarge a
 part; a double click shows all again.</p>
 <div class="map-grid" id="map-panels"></div>
-<div class="map-card" aria-live="polite"><div id="map-thumb" role="img" aria-label=""></div><p id="map-text"></p></div>
+<div class="map-card" id="map-card" aria-live="polite">
+<div id="map-thumb" role="img" aria-label=""></div><p id="map-text"></p></div>
 <img id="map-sprite" alt="" hidden src="{{ sprite }}">
 """
 STYLE = """
@@ -36,8 +37,9 @@ STYLE = """
 .map-grid figure { margin: 0; min-width: 0; }
 .map-grid figcaption { font-size: .9rem; min-height: 2.6em; }
 .map-plot { height: clamp(15rem, 55vh, 34rem); background: var(--back); box-shadow: 0 0 0 1px var(--line); }
-.map-card { display: flex; gap: 1rem; align-items: center; position: sticky; bottom: 0; background: var(--back);
-  border-top: 1px solid var(--line); padding: .5rem 0; min-height: 7.5rem; z-index: 2; }
+.map-card.chosen { display: flex; gap: 1rem; align-items: center; position: sticky; bottom: 0;
+  background: var(--back); border-top: 1px solid var(--line); padding: .5rem 0; min-height: 7.5rem; z-index: 2; }
+.map-card:not(.chosen) > * { display: none; }
 .map-card p { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 #map-thumb { flex: none; width: 6.5rem; height: 6.5rem; background-color: var(--panel); background-repeat: no-repeat;
   image-rendering: pixelated; }

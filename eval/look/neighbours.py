@@ -145,7 +145,7 @@ def _picture(
             tiles = list(scene.thumbnails("train", bank.index[near], size))
             same = _same(labels[query], bank.labels[near])
             own = class_name(labels[query], scene.classes)
-            mine = square(shown.pixels[query], size) if place == 0 else None
+            mine = square(shown.pixels[query], size) if place == 0 else None  # as thumbnails are
             rows.append([_framed(mine, None, size), *(_framed(tile, s, size) for tile, s in zip(tiles, same))])
             told = [
                 _caption(class_name(bank.labels[row], scene.classes), s, float(closeness))
@@ -160,8 +160,11 @@ def _picture(
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A picture (h, w, 3) at (size, size)."""
-    if pixels.shape[:2] == (size, size):
+    """The middle of a picture (h, w, 3), as large a square as it holds, at (size, size)."""
+    side = min(pixels.shape[:2])
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    pixels = pixels[top : top + side, left : left + side]
+    if side == size:
         return pixels
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 

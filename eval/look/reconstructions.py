@@ -146,12 +146,18 @@ def plain_title(scene: Scene, method: Method) -> str:
     """What the picture shows, and what stands in it that the model was not asked for."""
     step = "" if scene.step is None else f", step {scene.step}"
     title = f"{type(method).__name__}{step}: what it is given, and what it makes of it."
-    if getattr(method, "norm_pixel_targets", False):
+    is_given_means = bool(getattr(method, "norm_pixel_targets", False))
+    if is_given_means:
         title += (
             " Its targets have each patch's mean and deviation taken out; they are put back here from the input: the "
             "brightness and contrast of a patch are given, not predicted."
         )
-    return title
+    return f"{title} Error: mean squared, of hidden pixels in 0..1. Flat: that of {_flat(is_given_means)}."
+
+
+def _flat(is_given_means: bool) -> str:
+    """The guess that the model's error is set against."""
+    return "each hidden patch's own mean, which it is given" if is_given_means else "the mean colour of what is seen"
 
 
 def with_gray(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -211,8 +217,7 @@ def _arrays(scene: Scene, shown: Shown, found: Sequence[Sequence[Reconstruction]
 
 
 def _lines(method: Method, ratios: Sequence[float], num: int, metrics: Mapping[str, float]) -> list[str]:
-    against = "each hidden patch's own mean, which it is given" if "error_patch_mean_" in "".join(metrics) else ""
-    against = against or "the mean colour of what is seen"
+    against = _flat("error_patch_mean_" in "".join(metrics))
     lines = []
     for ratio in ratios:
         name = f"{100 * ratio:g}"

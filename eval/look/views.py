@@ -98,7 +98,9 @@ def look(scene: Scene) -> Look:
     seed = int(scene.run_config.get("seed") or 0)
     when = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
     rows, captions = side_by_side(rows, captions)
-    title = f"{scene.method_name}: what a run of seed {seed} is shown in {when}; a view's frame has its box's colour"
+    is_own = _is_trained_on(scene, split)
+    of_what = "is shown" if is_own else "would be shown of images that are not its own"
+    title = f"{scene.method_name}: what a run of seed {seed} {of_what} in {when}; a view's frame has its box's colour"
     return Look(
         pictures={"": captioned(rows, captions=captions, title=title, min_side=SIDE)},
         data={
@@ -115,7 +117,7 @@ def look(scene: Scene) -> Look:
             "noise": torch.stack([batch["noise"] for batch in seen], 1).cpu().numpy(),  # (B, E, num_noise)
             "index": shown.index,
         },
-        lines=_lines(described, recipe, when, trained_on=_is_trained_on(scene, split)),
+        lines=_lines(described, recipe, when, trained_on=is_own),
     )
 
 
