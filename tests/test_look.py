@@ -159,7 +159,8 @@ def test_heads_to_choose_from_are_told_before_the_first_look(simclr, tmp_path, t
     command.run(look_config(run, "all"))
     told = capsys.readouterr().out
     assert told.index("saliency will be left out: ") < told.index("saliency: left out: ")
-    assert "2 probed heads" in told and (run / "look" / "tiny.json").exists()
+    assert "2 probed heads" in told
+    assert (run / "look" / "tiny.json").exists()
 
 
 def test_what_needs_no_classifier_is_made_beside_two_heads(simclr, tmp_path):
@@ -170,7 +171,7 @@ def test_what_needs_no_classifier_is_made_beside_two_heads(simclr, tmp_path):
 
 
 def test_the_heads_of_a_method_do_not_apply_to_images_of_another_size(mae):
-    with pytest.raises(DoesNotApply, match="data.image_size has no effect"):
+    with pytest.raises(DoesNotApply, match=r"data\.image_size has no effect"):
         make_scene(mae, "views", "data.image_size=48").method()
 
 

@@ -242,6 +242,15 @@ def test_candidates_are_the_close_pairs_that_brute_force_finds():
     np.testing.assert_allclose(similarity, cosine[first, second], atol=1e-5)
 
 
+def test_many_copies_in_train_of_one_test_image_are_all_candidates():
+    rng = np.random.default_rng(2)
+    one = torch.from_numpy(rng.normal(size=(1, 6))).float()
+    copies = one + 1e-3 * torch.from_numpy(rng.normal(size=(8, 6))).float()
+    first, second, _ = candidates([copies, one], 5, 0.99)
+    across = {int(a) for a, b in zip(first, second) if b == 8}
+    assert across == set(range(8))
+
+
 def test_groups_join_what_is_linked_through_others():
     number = groups(7, np.array([0, 2, 4]), np.array([2, 5, 6]))
     assert number.tolist() == [0, 1, 0, 3, 4, 0, 4]

@@ -58,10 +58,11 @@ def look(scene: Scene) -> Look:
     """Clusters of a sample with representative images; where labels exist, their purity and suspected label errors."""
     settings = scene.config.clusters
     sample, classes = scene.features(), scene.source(scene.split).classes
-    has_labels = one_class(sample.labels)
+    known = labelled(sample.labels)
+    has_labels = one_class(sample.labels) and known.sum() > 1  # one label has no other to agree with
     usual = min(UNLABELLED_CLUSTERS, len(sample) // 2)
     if has_labels:
-        usual = len(np.unique(sample.labels[labelled(sample.labels)]))
+        usual = len(np.unique(sample.labels[known]))
     num = usual if settings.count is None else settings.count
     _check(settings, num, len(sample))
     found = cluster(sample.features, num, spherical=settings.spherical, seed=scene.seed)
@@ -72,7 +73,6 @@ def look(scene: Scene) -> Look:
     data["clusters"] = [_told(scene, sample, found, number, settings.images) for number in range(num)]
     notes = []
     if has_labels:
-        known = labelled(sample.labels)
         metrics |= agreement(sample.labels[known], found.cluster[known])
         votes = label_votes(sample.features[torch.from_numpy(known)], sample.labels[known], settings.neighbours)
         suspects = np.flatnonzero(votes.margin >= settings.margin)
@@ -85,7 +85,9 @@ def look(scene: Scene) -> Look:
         ]
         if len(places):
             pictures["suspected_labels"] = _suspects_picture(scene, sample, places, votes, suspects)
-    elif labelled(sample.labels).any():
+    elif one_class(sample.labels):
+        notes.append("one image is labelled: purity and suspected label errors are left out; give more sample=")
+    elif known.any():
         notes.append("images have several classes each: purity and suspected label errors are left out")
     else:
         notes.append("no image is labelled: purity and suspected label errors are left out")

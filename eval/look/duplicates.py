@@ -124,14 +124,14 @@ def look(scene: Scene) -> Look:
 def candidates(splits: Sequence[Tensor], count: int, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (first, second, similarity), each (P,), of rows of `splits` with a cosine similarity of at least `least`.
 
-    Each row's `count` nearest of each split are looked at. Rows are numbered through all splits (N_s, D); each pair
-    stands once, the smaller number first.
+    Each row's `count` nearest of each split are looked at, so that all copies of a row in another split find it. Rows
+    are numbered through all splits (N_s, D); each pair stands once, the smaller number first.
     """
     starts = np.cumsum([0, *(len(each) for each in splits)])
     total = int(starts[-1])
     keys, values = [], []
     for number, bank in enumerate(splits):
-        for other, queries in list(enumerate(splits))[number:]:
+        for other, queries in enumerate(splits):
             if other == number and len(bank) < 2:
                 continue
             if other == number:
