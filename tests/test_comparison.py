@@ -265,7 +265,7 @@ def test_a_run_that_goes_on_failed_or_stopped_says_so(tmp_path):
         "running": "running",
         "stopped": "stopped",
     }
-    assert "the loss is nan" in states["failed"].why
+    assert states["failed"].why == "step 30: the loss is nan"
     assert "step 20" in states["running"].why
 
 
@@ -299,8 +299,8 @@ def test_a_run_with_damaged_files_is_told_and_costs_no_other_its_row(tmp_path):
     endless = write_run(tmp_path / "d")
     (endless / "metrics.jsonl").write_text('{"step": 1e999, "loss": 1}\n')
     made = page(tmp_path, tmp_path)
-    assert made.column("runs-table", "k [20]") == {"a": ["50.0%"], "b": ["–"], "c": ["–"], "d": ["–"]}
-    assert [row[1][0] for row in made.tables["runs-table"][1:]] == ["complete", "stopped", "unreadable", "unreadable"]
+    assert made.column("runs-table", "eval.knn top1") == {"a": ["50.0%"], "b": ["–"], "c": ["–"], "d": ["–"]}
+    assert [row[1][0] for row in made.tables["runs-table"][1:]] == ["complete", "stopped", "stopped", "stopped"]
     text = (tmp_path / "comparison.html").read_text()
     assert "Not everything could be read" in text
     assert "config.yaml" in text

@@ -147,8 +147,8 @@ SECTION = """\
 </fieldset>
 {{ switch }}
 {% if sampled %}<p class="soft small">Of {{ sampled }} run{{ '' if sampled == 1 else 's' }} a sample of metrics.jsonl
-was read, as it has more than {{ '%g' % megabytes }} MB: peaks may be missing. <code>python -m eval.report</code> with one
-run reads all of it.</p>{% endif %}
+was read, as it has more than {{ '%g' % megabytes }} MB: peaks may be missing. <code>python -m eval.report</code> with
+one run reads all of it.</p>{% endif %}
 <div class="charts compared">
 {% for chart in first %}
 {{ chart }}

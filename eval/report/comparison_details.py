@@ -21,6 +21,7 @@ LONGEST_PROTOCOL = 20_000
 
 
 def recipes_section(recipes: Sequence[Recipe], settings: Sequence[Setting], runs: Sequence[Run]) -> Markup:
+    """Settings in which recipes differ, those that are equal in all, and free ones that differ between runs."""
     trained = [recipe for recipe in recipes if recipe.runs[0].config]
     trained_runs = [run for run in runs if run.config]
     differing = [each for each in settings if each.differs]
@@ -61,6 +62,7 @@ def _short(value: str | None) -> str:
 
 
 def protocols_section(protocols: Sequence[Protocol]) -> Markup:
+    """Of each protocol all that defines it, and the results that were measured by it; in words where there is none."""
     if not protocols:
         return render(
             "<p>None of these runs has been evaluated: <code>python -m eval.knn ckpt=runs/&lt;run&gt;</code> writes a "

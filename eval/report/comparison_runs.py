@@ -17,9 +17,9 @@ from eval.pages.decimate import MOST_POINTS
 from eval.protocols import read_result
 from eval.report.comparison_results import by_protocol
 from eval.report.comparison_sweep import Job, SweepFolder, read_sweep
-from eval.report.gather import LOST, UNSOUND, RunFolder, gather, is_sound, read_json
+from eval.report.failed_steps import failed_step
+from eval.report.gather import LOST, UNSOUND, RunFolder, gather, is_sound
 from eval.report.metrics import Curve, History
-from ssl.failed_step import STEP_FILE
 from ssl.same_run import flat
 from ssl.starts import COMPLETE, FAILED
 from ssl.sweep import DONE, RUNNING
@@ -295,21 +295,10 @@ def _state(folder: RunFolder) -> State:
     if folder.state == COMPLETE:
         return State(COMPLETE)
     if folder.state == FAILED:
-        return State(FAILED, folder.message or _failure(folder.failed) or "")
+        return State(FAILED, folder.message or (failed_step(folder.failed[-1]) if folder.failed else ""))
     if folder.state == LOST:
         return State(LOST, f"killed, or its machine went away, after step {folder.step:,}")
     end = folder.stop_step
     where = f"at step {folder.step:,}" + (f" of {end:,}" if end else "")
     hung = f"; {folder.hangs[0].parent} tells of a hang" if folder.hangs else ""
     return State(folder.state, f"{where}{hung}" + (f"; {folder.message}" if folder.message else ""))
-
-
-def _failure(folders: Sequence[Path]) -> str | None:
-    """Why a run ended at the last of the steps that it could not do."""
-    if not folders:
-        return None
-    try:
-        card = read_json(folders[-1] / STEP_FILE)
-    except (OSError, ValueError):
-        return None
-    return f"step {card.get('step')}: {card.get('reason')}"

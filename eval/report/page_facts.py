@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 
 from markupsafe import Markup
 
 from eval.pages.page import render
-from eval.report.gather import RunFolder, read_json
+from eval.report.failed_steps import failed_step
+from eval.report.gather import RunFolder
 from eval.report.page_recipe import in_a_line
 
 MOST_FILES = 200
@@ -95,7 +95,7 @@ def environment(run: RunFolder) -> Markup:
 
 def incidents(run: RunFolder) -> Markup:
     """Steps for which the run ended, and what was written when it hung."""
-    failed = [(path.relative_to(run.path), _failed_step(path)) for path in run.failed]
+    failed = [(path.relative_to(run.path), failed_step(path)) for path in run.failed]
     hangs = [(path.relative_to(run.path), path.read_text(errors="replace")[:6000]) for path in run.hangs[:16]]
     return render(
         "{% if failed %}<h3>Steps for which the run ended</h3><ul>{% for path, said in failed %}<li>"
@@ -107,10 +107,3 @@ def incidents(run: RunFolder) -> Markup:
         failed=failed,
         hangs=hangs,
     )
-
-
-def _failed_step(folder: Path) -> str:
-    card = read_json(folder / "step.json")
-    images = card.get("images") or []
-    some = ", ".join(str(each) for each in images[:4])
-    return f"step {card.get('step')}, {card.get('reason')}; {len(images)} images, among them {some}"
