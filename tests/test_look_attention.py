@@ -166,6 +166,11 @@ def test_heads_are_fused_and_the_least_weights_left_out_as_worked_out_by_hand():
     torch.testing.assert_close(row(discard=0.4), torch.tensor([0.5, 0.0, 0.5]))
 
 
+def test_of_heads_that_look_at_different_tokens_the_least_leaves_the_residual():
+    heads = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])[None]  # (1, 2, 2, 2)
+    torch.testing.assert_close(rollout([heads], fusion="min"), torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]))
+
+
 @pytest.mark.parametrize("settings", [{}, {"fusion": "min"}, {"fusion": "max", "discard": 0.5}])
 def test_rows_of_a_rollout_sum_to_one(settings):
     joint = rollout(attention_maps(built(*MODELS["ViT"]), images()), **settings)

@@ -256,6 +256,8 @@ def test_units_are_drawn_by_the_seed_and_named_where_they_are_classes():
     assert drawn == gradient_ascent.choose_units(None, 4, 100, names=None, seed=3, layer="layer2")
     assert len(set(drawn)) == 4
     assert gradient_ascent.choose_units(["cat", 0], 4, 2, names=["ant", "cat"], seed=0, layer="logits") == [1, 0]
+    digits = ["0", "1", "10", "2"]  # as folders of digits are sorted: a number is the class of that name, if any
+    assert gradient_ascent.choose_units([2, "10", 3], 4, 4, names=digits, seed=0, layer="logits") == [3, 2, 3]
     with pytest.raises(ValueError, match=r"units of layer2 are numbers 0 to 7; got \[8\]"):
         gradient_ascent.choose_units([8], 4, 8, names=None, seed=0, layer="layer2")
 
@@ -423,6 +425,19 @@ def test_every_methods_backbone_makes_images(runs, method, tmp_path, capsys):
     assert all(np.mean(each["error"]) < np.mean(each["start_error"]) for each in depths)
     arrays = np.load(tmp_path / "inversion.npz")
     assert {arrays[name].shape for name in arrays.files} == {(2, 3, *make_scene(runs[method]).image_size)}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("gradient_ascent", ["gradient_ascent.num_units=3", "gradient_ascent.units=[0]"]),
+        ("gradient_ascent", ["gradient_ascent.blur_sigma=2", "gradient_ascent.blur_every=0"]),
+        ("deepdream", ["deepdream.octave_scale=2", "deepdream.octaves=1"]),
+    ],
+)
+def test_a_setting_that_another_leaves_without_effect_is_refused(runs, what, words, tmp_path):
+    with pytest.raises(ValueError, match=f"{words[0].partition('=')[0]} has no effect with {words[1].split('=')[0]}"):
+        command.run(look_config(runs["simclr"], what, *words, f"out={tmp_path}"))
 
 
 @pytest.mark.parametrize(

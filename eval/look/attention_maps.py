@@ -90,7 +90,8 @@ def rollout(maps: Sequence[Tensor], *, fusion: str = "mean", discard: float = 0.
 
     Abnar and Zuidema 2020 (arXiv:2005.00928, section 3): heads are fused, half of each layer is its residual
     connection, and layers are multiplied, A_L ... A_1. `maps` are (B, heads, T, T), the first layer first. `fusion` is
-    mean, min or max; `discard` of each row's fused weights, the least ones, are set to 0. Rows are made to sum to 1.
+    mean, min or max; `discard` of each row's fused weights, the least ones, are set to 0. Rows are made to sum to 1;
+    of one of which nothing is left, as of heads that look at different tokens by min, the residual stays.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"attention.fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
@@ -102,8 +103,9 @@ def rollout(maps: Sequence[Tensor], *, fusion: str = "mean", discard: float = 0.
         fused = each.float().mean(1) if fusion == "mean" else getattr(each.float(), f"a{fusion}")(1)  # (B, T, T)
         least = fused.argsort(dim=-1, stable=True)[..., : int(discard * fused.shape[-1])]
         fused = fused.scatter(-1, least, 0.0)
-        fused = fused / fused.sum(-1, keepdim=True)
-        joint = (0.5 * fused + 0.5 * eye) @ joint
+        fused = fused / fused.sum(-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
+        mixed = 0.5 * fused + 0.5 * eye
+        joint = mixed / mixed.sum(-1, keepdim=True) @ joint
     return joint
 
 

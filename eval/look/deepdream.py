@@ -22,6 +22,7 @@ from eval.look.layer_places import choose_layer, find_places
 from eval.look.layer_values import main_maps, read_layer
 from eval.look.regularisers import clip_to_range, jitter
 from eval.look.result import DoesNotApply, Look
+from eval.look.settings import DeepdreamConfig
 from eval.look.target import features_of
 from ssl.models.backbones import MISFITS
 from ssl.pictures import to_uint8
@@ -45,6 +46,8 @@ class Dream:
 def look(scene: Scene) -> Look:
     """Each image that is shown, and what becomes of it."""
     settings = scene.config.deepdream
+    if settings.octaves == 1 and settings.octave_scale != DeepdreamConfig.octave_scale:
+        raise ValueError("deepdream.octave_scale has no effect with deepdream.octaves=1; leave one of them out")
     shown = scene.shown()
     places = find_places(scene.backbone, image_size=scene.image_size, in_chans=scene.channels)
     if settings.layer is None:

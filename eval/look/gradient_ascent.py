@@ -26,6 +26,7 @@ from eval.look.regularisers import (
     l2_decay,
 )
 from eval.look.result import Look
+from eval.look.settings import GradientAscentConfig
 from eval.look.target import features_of, head_of
 from ssl.config import plain
 from ssl.pictures import to_uint8
@@ -77,6 +78,7 @@ class Ascent:
 def look(scene: Scene) -> Look:
     """An image for each unit, and beside it the one that activates it most of those that are shown."""
     settings = scene.config.gradient_ascent
+    _check_settings(settings)
     activations, layer, names = unit_activations(scene, settings.layer, settings.place)
     shown = scene.shown(max(scene.config.num_images, COMPARED))
     with torch.no_grad():
@@ -191,7 +193,7 @@ def choose_units(
             raise ValueError(f"gradient_ascent.num_units must be at least 1, got {num}")
         drawn = np.random.default_rng(seed).permutation(total)[:num]
         return sorted(int(unit) for unit in drawn)
-    units = [names.index(each) if names and each in names else each for each in given]
+    units = [names.index(str(each)) if names and str(each) in names else each for each in given]
     wrong = [each for each in units if not (isinstance(each, int) and 0 <= each < total)]
     if wrong or not units:
         classes = f", or names of classes: {', '.join(names[:10])}" if names else ""
@@ -273,6 +275,16 @@ def _regularised(image: Tensor, gradient: Tensor, step: int, by: Regularisers) -
     if by.clip_contribution:
         image = clip_small_contributions(image, gradient, by.clip_contribution)
     return image
+
+
+def _check_settings(settings: Any) -> None:
+    """Raise ValueError for settings that have no effect beside others."""
+    for key, without in (
+        ("num_units", settings.units is not None and "gradient_ascent.units, which names them"),
+        ("blur_sigma", settings.blur_every == 0 and "gradient_ascent.blur_every=0, which never blurs"),
+    ):
+        if without and settings[key] != getattr(GradientAscentConfig, key):
+            raise ValueError(f"gradient_ascent.{key} has no effect with {without}; leave one of them out")
 
 
 def draw_shift(reach: int, generator: torch.Generator) -> tuple[int, int]:

@@ -49,6 +49,8 @@ RECTIFIERS: frozenset[Callable[..., Tensor]] = frozenset(
         Tensor.relu_,
     }
 )
+INPUTS = ("input", "self")
+"""What torch calls the first argument of these, where it is named."""
 WITHOUT_FUNCTION = (activations.QuickGELU, activations.HardMish, activations.Swish, activations.HardSwish)
 """timm's activations that are a product of simpler operations, which cannot be told from any other product."""
 CLIP = 99.5
@@ -145,13 +147,16 @@ class _Guide(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in RECTIFIERS or not args[0].requires_grad or not torch.is_grad_enabled():
+        if func not in RECTIFIERS or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name not in INPUTS}
+        given, *rest = args or [kwargs[name] for name in INPUTS if name in kwargs]
+        if not given.requires_grad:
             return func(*args, **kwargs)
         self.calls += 1
-        given, *rest = args
         positive = given.detach() > 0
         entering = given.clone()
         entering.register_hook(lambda gradient: gradient * positive)
-        leaving = func(entering, *rest, **kwargs)
+        leaving = func(entering, *rest, **named)
         leaving.register_hook(lambda gradient: gradient.clamp(min=0))
         return given.copy_(leaving) if leaving is entering else leaving  # in place, where that was asked for

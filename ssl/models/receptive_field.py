@@ -11,6 +11,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution,)
+PADS = (aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d)
 POOLS = (aten.max_pool2d_with_indices, aten.avg_pool2d)
 OVER_DIMENSIONS = (aten.mean, aten.sum, aten.amax, aten.max, aten.var_mean, aten.linalg_vector_norm)
 MATRIX_PRODUCTS = (aten.mm, aten.addmm)
@@ -77,7 +78,7 @@ def after(
         padding = _pair(args[3]) if len(args) > 3 else (0, 0)
         dilated = operation is aten.max_pool2d_with_indices and len(args) > 4
         return field.through(kernel, stride, _pair(args[4]) if dilated else (1, 1), padding)
-    if operation is aten.constant_pad_nd and output.ndim == 4 and len(args[1]) == 4:
+    if operation in PADS and output.ndim == 4 and len(args[1]) == 4:
         left, _, top, _ = args[1]
         return field.through((1, 1), (1, 1), (1, 1), (top, left))
     if operation is aten._adaptive_avg_pool2d:
