@@ -20,6 +20,7 @@ from eval.extract import PIXEL_SIDE, Features, centre_view, extract_all, raw_pix
 from eval.layers import GRID_DIM, ExtractSets, FeatureSet, as_list, make_extract, parse_sets, resolve_sets
 from eval.results import environment, open_folder
 from eval.splits import Splits, data_settings, make_splits
+from eval.untrained import untrained_folder, untrained_title
 from ssl.checkpoint import LoadedBackbone, load_backbone
 from ssl.command import swept_words
 from ssl.config import plain
@@ -303,11 +304,10 @@ def make_subject(
         )
     size = choose_image_size(data.get("image_size"), train)
     channels, mean, std = int(data["channels"]), list(data["mean"]), list(data["std"])
-    runs = Path("runs")
     if config.ckpt == "pixels":
         size = (min(size[0], PIXEL_SIDE), min(size[1], PIXEL_SIDE))
         identity = {"checkpoint": None, "backbone": None, "pooling": None}
-        folder = runs / f"pixels_{data['name']}"
+        folder = Path("runs") / f"pixels_{data['name']}"
         return Subject(
             None, [FeatureSet()], size, channels, mean, std, identity, f"raw pixels {size[0]}x{size[1]}", folder
         )
@@ -321,8 +321,7 @@ def make_subject(
         drop_path=config.model.drop_path,
         model_args=plain(config.model.args),
     )
-    rule = plain(config.model)["init"]
-    initialize(model, rule)
+    initialize(model, plain(config.model)["init"])
     return Subject(
         model=model,
         sets=resolve_sets(model, sets),
@@ -331,8 +330,8 @@ def make_subject(
         mean=mean,
         std=std,
         identity={"checkpoint": None, "backbone": spec.to_dict(), "pooling": pooling(model, sets)},
-        title=f"untrained {config.model.name}" + (f", {rule}" if rule else ""),
-        folder=runs / f"random_{config.model.name}_{data['name']}" / f"seed{config.seed}",
+        title=untrained_title(config),
+        folder=untrained_folder(config, data=data["name"]),
     )
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval import knn, linear_probe
 from eval.command import start
 from eval.config import register
+from eval.untrained import untrained_folder, untrained_title
 from ssl import checkpoint
 from ssl.config import CONF
 from ssl.data.embedded import Embedded
@@ -65,13 +66,17 @@ def a_run(tmp_path_factory) -> Path:
     return run_dir
 
 
-def call(module, *overrides: str):
-    """What the command does with these words, in this process."""
+def composed(module, *overrides: str) -> DictConfig:
+    """The config of a command as these words make it."""
     register(SCHEMAS[module])
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose(module.__name__.removeprefix("eval."), overrides=[*overrides, *QUICK])
-    return module.run(config)
+        return compose(module.__name__.removeprefix("eval."), overrides=[*overrides, *QUICK])
+
+
+def call(module, *overrides: str):
+    """What the command does with these words, in this process."""
+    return module.run(composed(module, *overrides))
 
 
 def test_knn_writes_metrics_and_the_protocol_beside_the_run(a_run, capsys):
@@ -138,9 +143,8 @@ def test_a_run_its_checkpoint_and_its_export_are_one_backbone(a_run, tmp_path):
 def test_ckpt_random_is_the_backbone_that_the_same_seed_starts_from(a_run):
     untrained = call(knn, "ckpt=random", *TINY, *SMALL)
     assert untrained["metrics"] == call(knn, f"ckpt={a_run}")["metrics"]
-    assert untrained["path"] == "runs/random_resnet18_embedded/seed0/eval/knn_embedded.json".replace(
-        "knn_embedded", "knn"
-    )
+    folder = "runs/random_resnet18_args.channels-8-8-16-16_args.layers-1-1-1-1_embedded/seed0"
+    assert untrained["path"] == f"{folder}/eval/knn.json"
     assert call(knn, "ckpt=random", "seed=1", *TINY, *SMALL)["metrics"] != untrained["metrics"]
 
 
@@ -169,6 +173,28 @@ def test_the_next_command_repeats_what_was_typed_of_the_subject(monkeypatch, cap
     start(knn.run, knn.KnnConfig, command="eval.knn")
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m eval.linear_probe ")
     assert shlex.split(command) == ["ckpt=random", *TINY, *SMALL, "seed=2", *QUICK]
+
+
+def test_untrained_backbones_are_called_as_they_were_typed_and_share_no_folder(monkeypatch):
+    typed = ([], ["model.init=xavier_normal"], ["++model.args.channels=[8,8,16,16]"])
+    told, folders = [], []
+
+    def keep(config):
+        told.append(untrained_title(config))
+        folders.append(untrained_folder(config, data="embedded"))
+        return {"metrics": {}}
+
+    for model in ("resnet10", "resnet18"):
+        for words in typed:
+            GlobalHydra.instance().clear()
+            monkeypatch.setattr(sys, "argv", ["eval.knn.py", "ckpt=random", f"model={model}", *words])
+            start(keep, knn.KnnConfig, command="eval.knn")
+    assert told[:2] == ["untrained resnet10", "untrained resnet10, init=xavier_normal"]
+    assert folders[0] == Path("runs/random_resnet10_embedded/seed0")
+    assert len(set(folders)) == len(folders)
+    called = [["model=resnet10"], ["model=resnet18"], ["model=resnet18", "model.init=xavier_normal"]]
+    configs = [composed(knn, "ckpt=random", *words) for words in called]  # from Python, nothing is typed
+    assert len({untrained_folder(config, data="embedded") for config in configs}) == 3
 
 
 # ---- labels and splits ---------------------------------------------------------------------------------------------

@@ -192,7 +192,8 @@ def test_low_shot_draws_give_mean_deviation_and_each_draw(capsys):
     assert metrics["top1_std"] == pytest.approx(np.std(each, ddof=1))
     assert len(set(each)) > 1
     assert all(one["choice"] in one["grid"] for one in draws)
-    assert Path("runs/random_resnet18_embedded/seed7/eval/linear_probe_4_per_class.json").is_file()
+    (path,) = Path("runs").glob("random_resnet18_args.channels-8-8-16-16_*_embedded/seed7/eval/*.json")
+    assert path.name == "linear_probe_4_per_class.json"
     assert f"top-1 {metrics['top1']:.1%} +- {100 * metrics['top1_std']:.1f}" in capsys.readouterr().out
 
 
