@@ -26,15 +26,15 @@ def look(scene: Scene) -> Look:
     """The first layer's filters, beside what they were before training where there was any."""
     settings = scene.config.filters
     _check_settings(settings)
-    image = scene.shown().image
+    image, why_none = _images(scene)
     layer = first_layer(scene.backbone, image)
     before = first_layer(scene.untrained(), image) if scene.loaded is not None else None
     order = filter_order(layer, settings.order)[: settings.num]
     stages = {"trained" if before is not None else "untrained": layer}
     if before is not None:
-        stages["before training"] = before
+        stages[scene.untrained_title] = before
     num_filters, channels, height, width = layer.weight.shape
-    dead = layer.is_dead
+    dead = layer.is_dead if why_none is None else layer.is_next_to_0
     if not layer.is_embedding and settings.num_components != FiltersConfig.num_components:
         raise ValueError(f"filters.num_components has no effect: {layer.name} is no patch embedding; leave it out")
     pictures = {"": _filters_picture(stages, order, title=_title(layer, settings, len(order)))}
@@ -48,17 +48,20 @@ def look(scene: Scene) -> Look:
         "shown": order.tolist(),
         "norm": layer.norm.tolist(),
         "dead_filters": dead.nonzero()[:, 0].tolist(),
-        "num_images": len(image),
+        "num_images": len(image) if why_none is None else 0,
     }
     metrics: dict[str, float] = {"dead_filters": int(dead.sum()), "num_filters": num_filters}
     lines = [
         f"{layer.name}: {num_filters} filters of {height} x {width} pixels, {int(dead.sum())} of them dead "
-        f"(next to 0, or one answer to all of {len(image)} images)"
+        + (f"(next to 0, or one answer to all of {len(image)} images)" if why_none is None else "(next to 0)")
     ]
-    if before is not None:
+    if why_none is not None:
+        lines.append(f"whether a filter answers was not looked at, without images: {why_none}")
+    if before is not None and scene.is_start_known:
         change = filter_change(layer.weight, before.weight)
         metrics["mean_change"] = data["mean_change"] = float(change.mean())
-        lines.append(f"training turned them by {change.mean():.2f} on average: 0 is not at all, 1 is to a right angle")
+        doing = scene.untrained_title.removeprefix("before ")
+        lines.append(f"{doing} turned them by {change.mean():.2f} on average: 0 is not at all, 1 is to a right angle")
     if layer.is_embedding and settings.num_components and min(num_filters, channels * height * width) > 1:
         pictures["components"], data["explained_variance"] = _components_picture(stages, settings.num_components)
         leading = sum(data["explained_variance"])
@@ -74,6 +77,18 @@ def look(scene: Scene) -> Look:
         lines.append(f"of {channels} channels the first three are shown, as red, green and blue")
     arrays = {"weight": layer.weight.numpy()}
     return Look(pictures=pictures, data=data, arrays=arrays, metrics=metrics, lines=lines)
+
+
+def _images(scene: Scene) -> tuple[Tensor, str | None]:
+    """Images (B, C, H, W) to ask the filters; where nobody named some and the data are not there, none but a blank one,
+    and why.
+    """
+    try:
+        return scene.shown().image, None
+    except (ValueError, OSError) as error:
+        if any(scene.config[key] is not None for key in ("images", "indices", "split")):
+            raise
+        return torch.zeros(1, scene.channels, *scene.image_size, device=scene.device), str(error)
 
 
 def filter_order(layer: FirstLayer, order: str) -> Tensor:

@@ -48,9 +48,14 @@ class FirstLayer:
 
     @property
     def is_dead(self) -> Tensor:
-        """(F,) whether a filter is next to 0 (a thousandth of the median length), or gives one answer to everything."""
+        """(F,) whether a filter is next to 0, or gives one answer to everything."""
         spread = self.high - self.low
-        return (self.norm <= SMALL * self.norm.median()) | (spread <= FLAT * spread.max())
+        return self.is_next_to_0 | (spread <= FLAT * spread.max())
+
+    @property
+    def is_next_to_0(self) -> Tensor:
+        """(F,) whether a filter is no longer than a thousandth of the median length."""
+        return self.norm <= SMALL * self.norm.median()
 
 
 @torch.no_grad()

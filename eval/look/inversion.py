@@ -21,7 +21,7 @@ from eval.look.drawing import captioned
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.layer_values import main_maps, read_layer
 from eval.look.regularisers import alpha_norm, clip_to_range, total_variation
-from eval.look.result import Look
+from eval.look.result import DoesNotApply, Look
 from eval.look.target import features_of
 from ssl.config import plain
 from ssl.pictures import to_uint8
@@ -148,7 +148,7 @@ def invert(
 
     Adam, whose step falls to 0 as a half cosine, minimises the relative error, `tv_weight` times the total variation
     and `alpha_weight` times the alpha-norm; no image has a part in another's. Pixels stay ones that an image can have.
-    Raises ValueError where the values of an image are all zero.
+    Raises DoesNotApply where the values of an image are all zero.
     """
     if steps < 1 or step_size <= 0 or tv_weight < 0 or alpha_weight < 0:
         raise ValueError(
@@ -159,7 +159,7 @@ def invert(
         wanted = values(image).flatten(1)  # (B, D)
     length = wanted.square().sum(1)  # (B,)
     if not length.all():
-        raise ValueError("the layer gives nothing but zeros for an image, which cannot be made again from that")
+        raise DoesNotApply("the layer gives nothing but zeros for an image, which cannot be made again from that")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(image.shape, generator=generator).to(image)
     made = clip_to_range(START * noise, mean, std).requires_grad_()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from eval.look.result import DoesNotApply
 from ssl.models.layer_table import Layer, layer_table
 from ssl.models.receptive_field import Field
 
@@ -91,10 +92,10 @@ def find_places(model: nn.Module, *, image_size: tuple[int, int], in_chans: int)
 def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.Module, key: str) -> Places:
     """The layer of that name; None takes the last map, of a vision transformer the hidden units of the last block.
 
-    Raises ValueError, naming the layers there are, for another.
+    Raises ValueError, naming the layers there are, for another, and DoesNotApply where there is none.
     """
     if not places:
-        raise ValueError(
+        raise DoesNotApply(
             f"{type(model).__name__} has no layer whose values have places on the image; take another model"
         )
     if layer is None:

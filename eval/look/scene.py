@@ -17,17 +17,22 @@ from eval.extract import centre_view
 from eval.head_file import is_head, load_head
 from eval.images import Views, find_images, read_views
 from eval.layers import make_extract, parse_sets, resolve_sets
+from eval.look.estimate import Estimate
 from eval.look.result import DoesNotApply
 from eval.look.samples import SampleFeatures, Shown, sample_index
+from eval.look.settings import LookConfig
+from eval.look.start_weights import RANDOM, start_weights
 from eval.splits import data_settings
 from eval.subject import choose_device
+from eval.untrained import untrained_title
 from ssl.checkpoint import LoadedBackbone, load_backbone
 from ssl.config import build, plain
 from ssl.data.augment import Augment
 from ssl.data.image_size import as_size, choose_image_size
 from ssl.data.sources import SPLITS, NoTestSplit, Source
 from ssl.data.subset import Subset, limit
-from ssl.method_file import load_method, untrained_method
+from ssl.loaded import is_foreign
+from ssl.method_file import load_method
 from ssl.methods.base import Method
 from ssl.models.backbones import BackboneSpec, backbone_from_spec, build_backbone, model_name
 from ssl.models.initialize import initialize
@@ -55,6 +60,9 @@ class Scene:
             raise ValueError("ckpt=random needs a backbone: give model=, such as ckpt=random model=resnet18")
         if config.indices is not None and config.images is not None:
             raise ValueError("images= and indices= both name the images to look at; give one")
+        named = next((key for key in ("images", "indices") if config[key] is not None), None)
+        if named is not None and config.num_images != LookConfig.num_images:
+            raise ValueError(f"num_images= has no effect beside {named}=, which names them; leave one out")
         if config.split is not None and config.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {config.split!r}")
         for key in ("num_images", "sample", "batch_size"):
@@ -69,8 +77,23 @@ class Scene:
     # ---- the checkpoint --------------------------------------------------------------------------------------------
 
     def untrained(self) -> nn.Module:
-        """The same architecture with the weights that a run of the checkpoint's seed starts from."""
-        return self._untrained
+        """The same architecture with the weights that the checkpoint's run started from, or with random ones."""
+        return self._untrained[0]
+
+    @property
+    def untrained_title(self) -> str:
+        """What the weights of `untrained` are: `before training`, `before fine-tuning`, or `random weights`."""
+        return self._untrained[1]
+
+    @property
+    def compared_with(self) -> str | None:
+        """The title of `untrained` where a look has asked for it."""
+        return self.untrained_title if "_untrained" in vars(self) else None
+
+    @property
+    def is_start_known(self) -> bool:
+        """Whether `untrained` is what the run started from, so that the difference is what training changed."""
+        return self.untrained_title != RANDOM
 
     def method(self) -> Method:
         """The whole pretraining method with its heads, in eval mode on the device.
@@ -143,7 +166,7 @@ class Scene:
 
     @property
     def title(self) -> str:
-        return f"untrained {self.config.model.name}" if self.loaded is None else str(self.loaded.path)
+        return untrained_title(self.config) if self.loaded is None else str(self.loaded.path)
 
     @property
     def step(self) -> int | None:
@@ -156,18 +179,29 @@ class Scene:
         return target.rpartition(".")[2] or None
 
     @cached_property
-    def _untrained(self) -> nn.Module:
-        spec, config = self.spec, self.run_config
-        if self.loaded is not None and self.loaded.layout == "ssl" and isinstance(config.get("method"), dict):
-            return self._still(untrained_method(spec, config, trust=list(self.config.trust)).backbone)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(self.seed if config.get("seed") is None else config["seed"]))
-            return self._still(backbone_from_spec(spec))
+    def _untrained(self) -> tuple[nn.Module, str]:
+        if self.loaded is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                return self._still(backbone_from_spec(self.spec)), RANDOM
+        network, title = start_weights(self.loaded, seed=self.seed, trust=list(self.config.trust))
+        if title == RANDOM:
+            self.notes.append(f"it is compared with random weights: what {self.title} started from is not known here")
+        return self._still(network), title
+
+    def _check_still_there(self) -> None:
+        """Raise ValueError where the run has gone on and removed the step that is looked at."""
+        if self.loaded is not None and not self.loaded.path.exists() and not is_foreign(self.config.ckpt):
+            raise ValueError(
+                f"{self.loaded.path} was removed while it was looked at, as a run that goes on keeps its last steps; "
+                "run the command again"
+            )
 
     @cached_property
     def _method(self) -> Method:
         if self.loaded is None:
             raise DoesNotApply(f"{self.title} is a backbone alone; this needs the checkpoint of a pretraining run")
+        self._check_still_there()
         if not (self.loaded.path / "method.safetensors").exists() or "method" not in self.run_config:
             raise DoesNotApply(
                 f"{self.loaded.path} holds a backbone without the heads of its pretraining method; give the folder of "
@@ -191,7 +225,8 @@ class Scene:
                 raise ValueError(f"head={head} is no folder of a probed head; python -m eval.linear_probe writes one")
             return load_classifier(head, backbone=self.loaded.path, device=self.device)
         if self.loaded.classifier is not None:
-            return load_classifier(self.config.ckpt, device=self.device)
+            self._check_still_there()
+            return load_classifier(self.loaded.path, device=self.device)  # the very step, whatever a run has made since
         heads = [head for head in sorted(self.loaded.run_dir.glob(HEADS)) if self._is_of_this_backbone(head)]
         named = [head for head in heads if head.name == "linear_probe.head"] or heads
         if len(named) > 1:
@@ -229,6 +264,7 @@ class Scene:
         except ValueError as error:  # labels that are missing, or files that are
             if self.config.split == "test":
                 raise
+            self.source("train")  # where that is gone too, it is said of the images, and not of their test split
             self.notes.append(f"the test split is left out: {error}")
             return False
         return True
@@ -272,14 +308,23 @@ class Scene:
             source: Source = find_images(plain(self.config.images))
             index, classes = np.arange(len(source)), None
         else:
-            source, classes = self.source(split or self.split), self.source(split or self.split).classes
+            source = self._of_data(split)
+            classes = source.classes
             index = self._chosen(source, num or self.config.num_images)
         views = self.views_of(source, index)
         named = self.config.images is not None or self.config.indices is not None
         if views.failed and (named or not len(views.index)):
             raise ValueError(f"cannot be decoded: {'; '.join(views.failed.values())}")
-        self._note_bad(views.failed)
+        self.note_bad(views.failed)
         return self._as_shown(source, index, views, classes)
+
+    def _of_data(self, split: str | None) -> Source:
+        try:
+            return self.source(split or self.split)
+        except NoTestSplit:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{error}; or name some to look at: images=FILE") from error
 
     def _chosen(self, source: Source, num: int) -> np.ndarray:
         """Indices into the split: those given, else a seeded sample."""
@@ -351,6 +396,7 @@ class Scene:
         extract = self.extract(network)
         chosen = Subset(source, index)
         features, readable, failed = [], [], {}
+        estimate = Estimate(f"features of {len(index):,} images of {source.name}", len(index))
         for views in read_views(
             chosen,
             size=self.image_size,
@@ -362,7 +408,8 @@ class Scene:
             if len(views.index):
                 features.append(extract(self.normalised(views)).float().cpu())  # (B, D)
                 readable.append(views.index)
-        self._note_bad(failed)
+            estimate.at(sum(map(len, readable)) + len(failed))
+        self.note_bad(failed)
         if not readable:
             raise ValueError(f"none of the {len(index)} images of {source.name} can be decoded")
         every, place = torch.cat(features), index[np.concatenate(readable)]  # (N, D), (N,)
@@ -400,7 +447,8 @@ class Scene:
     def _still(self, network: nn.Module) -> nn.Module:
         return network.to(self.device).eval().requires_grad_(False)
 
-    def _note_bad(self, failed: Mapping[int, str]) -> None:
+    def note_bad(self, failed: Mapping[int, str]) -> None:
+        """Note that images are left out, and why: what read_views gives as `failed`."""
         for reason in failed.values():
             note = f"left out, as it cannot be decoded: {reason}"
             if note not in self.notes:

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from eval.heads import Standardizer, choose, score_heads
 from eval.lbfgs import solve_heads
+from eval.look.estimate import Estimate
+from eval.look.result import DoesNotApply
 from ssl.methods.relative_location import cut
 from ssl.randomness import uniforms
 
@@ -71,11 +73,14 @@ class PlaceProbe:
 def divide(image: np.ndarray, *, seed: int = 0) -> Parts:
     """Rows of patches whose images are `image` (N,): 60 % of the images to fit, 20 % to choose, 20 % to judge.
 
-    Raises ValueError for fewer than FEWEST_IMAGES images.
+    Raises DoesNotApply for fewer than FEWEST_IMAGES images.
     """
     names = np.unique(image)
     if len(names) < FEWEST_IMAGES:
-        raise ValueError(f"a probe needs {FEWEST_IMAGES} images or more, got {len(names)}; set pretext.sample larger")
+        raise DoesNotApply(
+            f"a probe needs {FEWEST_IMAGES} images or more, got {len(names)}; set pretext.sample larger, or where "
+            "there are no more give another split= or data="
+        )
     order = names[np.argsort(uniforms(seed, 0, np.arange(len(names)), "probe parts", 1)[:, 0], kind="stable")]
     bounds = np.cumsum([round(0.6 * len(names)), round(0.2 * len(names))])
     fitted, chosen_on, judged = (
@@ -90,11 +95,12 @@ def probe_class(features: Tensor, label: Tensor, image: np.ndarray, *, num_class
     The weight decay is chosen on images of its own. Labels are taken to be drawn evenly: chance is 1 in `num_classes`.
     """
     parts = divide(image, seed=seed)
+    estimate = Estimate(f"a linear probe of {len(label):,} patches, and {SHUFFLES} of shuffled labels", 1 + SHUFFLES)
     hits = _class_hits(features, label, parts, num_classes)
-    shuffled = [
-        _class_hits(features, _shuffled(label, parts, seed, number), parts, num_classes).mean()
-        for number in range(SHUFFLES)
-    ]
+    shuffled = []
+    for number in range(SHUFFLES):
+        estimate.at(1 + number)
+        shuffled.append(_class_hits(features, _shuffled(label, parts, seed, number), parts, num_classes).mean())
     judged = image[parts.judged.numpy()]
     by_image = np.array([hits[judged == name].mean() for name in np.unique(judged)])
     return ClassProbe(
@@ -164,7 +170,13 @@ def random_channels(index: np.ndarray, num: int, *, channels: int, seed: int = 0
 @torch.no_grad()
 def features_of(patches: Tensor, features: Callable[[Tensor], Tensor], *, batch_size: int) -> Tensor:
     """Vectors (B*P, D), float32 on the CPU, of patches (B, P, C, h, w)."""
-    return torch.cat([features(some).float().cpu() for some in patches.flatten(0, 1).split(batch_size)])
+    every = patches.flatten(0, 1)  # (B*P, C, h, w)
+    estimate = Estimate(f"features of {len(every):,} patches", len(every))
+    found = []
+    for some in every.split(batch_size):
+        found.append(features(some).float().cpu())
+        estimate.at(sum(map(len, found)))
+    return torch.cat(found)
 
 
 def _class_hits(features: Tensor, label: Tensor, parts: Parts, num_classes: int) -> np.ndarray:
