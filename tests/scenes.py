@@ -47,8 +47,10 @@ def look_config(ckpt: Path | str, what: Any, *words: str) -> DictConfig:
     """The config of `python -m eval.look`, on one thread of the CPU, of few images where the look reads how many."""
     config = compose_config("look", [f"ckpt={ckpt}", f"what={what}", "device=cpu", "threads=1"])
     names = [config.what] if isinstance(config.what, str) else config.what
-    read = {key for name in names for key in (LOOKS[name].reads if name in LOOKS else FEW)}
-    few = [f"{key}={number}" for key, number in FEW.items() if key in read or config.what == "all"]
+    read = {key for name in names for key in (LOOKS[name].reads if name in LOOKS else FEW)}  # of `all` too
+    if any(word.startswith(("images=", "indices=")) for word in words):
+        read -= {"num_images"}
+    few = [f"{key}={number}" for key, number in FEW.items() if key in read]
     return compose_config("look", [f"ckpt={ckpt}", f"what={what}", "device=cpu", "threads=1", *few, *words])
 
 

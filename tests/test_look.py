@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from eval import finetune
+from eval.config import register
+from eval.finetune import FinetuneConfig
 from eval.head_file import save_head
-from eval.look import command
+from eval.look import command, estimate, filters
 from eval.look.drawing import captioned, colour, overlay
 from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
@@ -224,6 +228,114 @@ def test_a_broken_image_of_a_person_is_named(simclr, tmp_path):
         make_scene(simclr, "views", f"images={tmp_path}/broken.jpg").shown()
 
 
+# ---- what a run started from ----------------------------------------------------------------------------------------
+
+
+def finetuned(out: Path, *words: str) -> Path:
+    """A fine-tuning run of one step; its learning rate is so small that no weight of its backbone moves."""
+    register(FinetuneConfig)
+    few = ["data=embedded", "data.source.num_train=32", "data.source.num_test=12", "trainer.steps=1"]
+    still = ["optim.base_lr=1e-30", "optim.layer_decay=null", "schedule.warmup_epochs=0"]
+    plain = ["trainer.global_batch_size=16", "trainer.device=cpu", "trainer.precision=fp32", "loader.threads=1"]
+    quiet = ["wandb.mode=disabled", "trainer.pictures=false", "launch=none"]
+    finetune.run(compose_config("finetune", [*few, *plain, *quiet, *still, *words]), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(simclr, tmp_path_factory) -> Path:
+    return finetuned(tmp_path_factory.mktemp("tuned") / "run", f"ckpt={simclr}", "recipe=simclr")
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> bool:
+    other = dict(two.named_parameters())
+    return all(torch.allclose(tensor, other[name], rtol=0, atol=1e-20) for name, tensor in one.named_parameters())
+
+
+def test_what_a_fine_tuned_run_started_from_is_the_backbone_that_it_tuned(simclr, tuned):
+    scene = make_scene(tuned)
+    assert scene.untrained_title == "before fine-tuning"
+    assert same_weights(scene.untrained(), make_scene(simclr).backbone)
+    assert "fine-tuning turned them by 0.00" in " ".join(filters.look(scene).lines)
+
+
+@pytest.mark.parametrize("words", [[*TINY_RESNET, "recipe=simclr", "model.init=kaiming_normal"], [*TINY_VIT]])
+def test_what_fine_tuning_from_random_weights_started_from_are_those_weights(words, tmp_path):
+    pooling = [] if "recipe=simclr" in words else ["pooling=avg", "drop_path=0.1"]
+    run = finetuned(tmp_path / "run", "ckpt=random", "seed=3", *words, *pooling)
+    scene = make_scene(run)
+    assert scene.untrained_title == "before training"
+    assert same_weights(scene.untrained(), scene.backbone)
+
+
+def test_a_start_that_is_gone_is_random_weights_and_nothing_is_said_of_a_change(simclr, tmp_path):
+    run = Path(shutil.copytree(simclr, tmp_path / "run"))
+    tuned = finetuned(run / "finetune" / "own" / "seed0", f"ckpt={run}", "recipe=simclr")
+    moved = Path(shutil.move(run, tmp_path / "moved"))
+    assert make_scene(moved / "finetune" / "own" / "seed0").untrained_title == "before fine-tuning"  # the run above
+    alone = Path(shutil.move(moved / tuned.relative_to(run), tmp_path / "alone"))
+    scene = make_scene(alone)
+    found = filters.look(scene)
+    assert scene.untrained_title == "random weights"
+    assert any("compared with random weights" in note for note in scene.notes)
+    assert "mean_change" not in found.metrics
+    assert "turned" not in " ".join(found.lines)
+
+
+def test_the_classifier_is_of_the_step_that_is_looked_at_though_the_run_goes_on(tuned, tmp_path):
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    scene, removed = make_scene(run), make_scene(run)
+    step = scene.loaded.path
+    shutil.copytree(step, step.with_name("step_00000009"))
+    assert scene.classifier().title == str(step)
+    shutil.rmtree(step)
+    with pytest.raises(ValueError, match=f"{step.name} was removed while .* run the command again"):
+        removed.classifier()
+
+
+def test_a_method_whose_step_was_removed_asks_for_the_command_again(simclr, tmp_path):
+    run = Path(shutil.copytree(simclr, tmp_path / "run"))
+    scene = make_scene(run)
+    shutil.rmtree(scene.loaded.path)
+    with pytest.raises(ValueError, match="run the command again"):
+        scene.method()
+
+
+# ---- images that are not there, and time ---------------------------------------------------------------------------
+
+
+def test_filters_need_no_images_and_are_judged_by_their_norm_then(simclr, tmp_path):
+    folder = checkpoint.export(checkpoint.load_backbone(simclr), tmp_path / "export")
+    scene = make_scene(folder, "filters")
+    found = filters.look(scene)
+    assert found.data["num_images"] == 0
+    norm = scene.backbone.conv1.weight.flatten(1).norm(dim=1)
+    assert found.metrics["dead_filters"] == int((norm <= 1e-3 * norm.median()).sum())
+    assert "without images: " in " ".join(found.lines)
+    with pytest.raises(ValueError, match="images=FILE"):
+        scene.shown()
+    with pytest.raises(ValueError, match=r"gone\.png does not exist"):
+        filters.look(make_scene(folder, "filters", f"images={tmp_path}/gone.png"))
+
+
+def test_the_time_of_features_is_told_once_while_they_are_made(simclr, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "SOON", 0.0)
+    monkeypatch.setattr(estimate, "LONG", -1.0)
+    scene = make_scene(simclr, "map", "split=test", "batch_size=4")
+    scene.features()
+    scene.features()
+    assert capsys.readouterr().out.count("features of 24 images of") == 1
+
+
+def test_an_estimate_is_the_time_of_a_part_times_the_parts(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 4.0, 8.0])
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
+    told = estimate.Estimate("a thing", 10)
+    for done in (1, 2, 4):
+        told.at(done)
+    assert capsys.readouterr().out == "a thing: about 20 s\n"
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +369,68 @@ def test_what_all_leaves_out_what_does_not_apply_and_says_so(simclr, tmp_path, t
     assert (tmp_path / "tiny.json").exists()
     with pytest.raises(DoesNotApply):
         command.run(look_config(simclr, "views", f"out={tmp_path}"))
+
+
+def fails(error: Exception) -> types.ModuleType:
+    def look(scene: Scene) -> Look:
+        raise error
+
+    module = types.ModuleType("eval.look.views")
+    module.look = look  # pyright: ignore[reportAttributeAccessIssue]
+    return module
+
+
+@pytest.mark.parametrize("error", [ValueError("too small"), OSError("too small")])
+@pytest.mark.parametrize("what", ["all", "[views,tiny]"])
+def test_a_look_that_fails_is_named_at_the_end_and_the_others_are_made(
+    what, error, simclr, tmp_path, tiny_look, monkeypatch, capsys
+):
+    for name in set(LOOKS) - {"tiny", "views"}:
+        monkeypatch.delitem(LOOKS, name)
+    monkeypatch.setitem(sys.modules, "eval.look.views", fails(error))
+    with pytest.raises(ValueError, match=r"1 of 2 looks failed(.|\n)*views: too small"):
+        command.run(look_config(simclr, what, f"out={tmp_path}"))
+    assert "views: failed: too small" in capsys.readouterr().out
+    assert (tmp_path / "tiny.json").exists()
+
+
+def test_of_a_list_what_does_not_apply_is_an_error_after_the_others_were_made(simclr, tmp_path, tiny_look, monkeypatch):
+    monkeypatch.setitem(sys.modules, "eval.look.views", fails(DoesNotApply("nothing to show")))
+    with pytest.raises(ValueError, match="views: nothing to show"):
+        command.run(look_config(simclr, "[views,tiny]", f"out={tmp_path}"))
+    assert (tmp_path / "tiny.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_look(simclr, tmp_path, tiny_look, monkeypatch):
+    made = []
+    monkeypatch.setattr(sys.modules["eval.look.tiny"], "look", lambda scene: made.append(1) or Look({}, {}))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="give another out="):
+        command.run(look_config(simclr, "tiny", f"out={tmp_path / 'file' / 'below'}"))
+    assert not made
+
+
+def test_the_precision_is_a_setting_of_looks_at_features_alone(simclr, tmp_path):
+    with pytest.raises(ValueError, match="precision= has no effect on filters"):
+        command.run(look_config(simclr, "filters", "precision=bf16"))
+    command.run(look_config(simclr, "[filters,outliers]", "precision=bf16", f"out={tmp_path}"))
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text())["settings"] for name in ("filters", "outliers")}
+    assert "precision" not in found["filters"]
+    assert found["outliers"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("word", ["images=a.png", "indices=[1]"])
+def test_a_number_of_images_beside_named_images_is_refused(simclr, word):
+    with pytest.raises(ValueError, match="num_images= has no effect beside"):
+        make_scene(simclr, "filters", word, "num_images=5")
+
+
+def test_a_split_beside_named_images_is_refused_where_nothing_else_reads_it(simclr, tmp_path):
+    write_images(tmp_path, "a", each=2)
+    words = [f"images={tmp_path}/a/0.png", "split=test"]
+    with pytest.raises(ValueError, match="split= has no effect beside images="):
+        command.run(look_config(simclr, "filters", *words, f"out={tmp_path}"))
+    command.run(look_config(simclr, "neighbours", *words, f"out={tmp_path}"))
 
 
 def test_a_setting_of_a_look_that_is_not_made_is_refused(simclr):

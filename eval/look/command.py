@@ -19,8 +19,9 @@ from eval.look.scene import Scene
 from eval.look.settings import LookConfig
 from eval.look.table import LOOKS, OPTIONAL, listing
 from eval.look.target import needs_classifier
-from eval.results import environment
+from eval.results import environment, open_folder
 from eval.subject import checkpoint_identity
+from eval.untrained import untrained_folder
 from ssl.command import run_command
 from ssl.config import check, plain
 from ssl.sweep import Outcome
@@ -39,32 +40,45 @@ what= is one of these, or a list:
 def run(config: DictConfig) -> dict[str, Any]:
     """Make the looks that `config.what` names and write them; returns their metrics and the folder.
 
-    With `what=all` those that do not apply are named and left out. Raises ValueError where one that was asked for does
-    not apply, and for settings of looks that were not.
+    With `what=all` those that do not apply are named and left out. One of several that fails does not keep the others
+    from being made: ValueError at the end names it. Raises ValueError for settings of looks that were not asked for,
+    and OSError, before anything is computed, for a folder that cannot be written to.
     """
     names = wanted(config.what)
     check_unused(config, names)
     scene = Scene(config)
-    folder = _folder(config, scene)
+    folder = open_folder(_folder(config, scene))
     check_classifier(config, scene, names)
     metrics: dict[str, float] = {}
+    failed: dict[str, Exception] = {}
     for name in names:
-        began = time.perf_counter()
         try:
-            look = LOOKS[name].load()(scene)
-        except DoesNotApply as error:
-            if config.what != "all":
+            metrics |= _make(name, config, scene, folder)
+        except (ValueError, OSError) as error:
+            if len(names) == 1:
                 raise
-            print(f"{name}: left out: {error}", flush=True)
-            continue
-        seconds = time.perf_counter() - began
-        paths = write_look(look, folder, name, about=_about(config, scene, name, seconds))
-        metrics |= {f"{name}.{key}": value for key, value in look.metrics.items()}
-        _say(name, look, paths, seconds)
+            if config.what == "all" and isinstance(error, DoesNotApply):
+                print(f"{name}: left out: {error}", flush=True)
+                continue
+            print(f"{name}: failed: {error}", flush=True)
+            failed[name] = error
     for note in dict.fromkeys(scene.notes):
         print(f"note: {note}")
     print(f"next: {_next(config, scene)}", flush=True)
+    if failed:
+        told = "".join(f"\n  {name}: {error}" for name, error in failed.items())
+        raise ValueError(f"{len(failed)} of {len(names)} looks failed, what else there is was made:{told}")
     return {"metrics": metrics, "path": str(folder)}
+
+
+def _make(name: str, config: DictConfig, scene: Scene, folder: Path) -> dict[str, float]:
+    """Make and write one look; returns its metrics as `<name>.<metric>`."""
+    began = time.perf_counter()
+    look = LOOKS[name].load()(scene)
+    seconds = time.perf_counter() - began
+    paths = write_look(look, folder, name, about=_about(config, scene, name, seconds))
+    _say(name, look, paths, seconds)
+    return {f"{name}.{key}": value for key, value in look.metrics.items()}
 
 
 def wanted(what: Any) -> list[str]:
@@ -87,6 +101,9 @@ def check_unused(config: DictConfig, names: Iterable[str]) -> None:
         if plain(config[key]) != plain(defaults[key]):
             readers = ", ".join(name for name, entry in LOOKS.items() if key in entry.reads)
             raise ValueError(f"{key}= has no effect on {', '.join(names)}; leave it out. It is read by {readers}")
+    samples = any("sample" in LOOKS[name].reads for name in names)
+    if config.images is not None and config.split is not None and not samples:
+        raise ValueError("split= has no effect beside images=, which names the images; leave one of them out")
     for each in fields(LookConfig):
         if each.name not in LOOKS or each.name in names or not is_dataclass(OmegaConf.get_type(config, each.name)):
             continue
@@ -115,7 +132,7 @@ def _folder(config: DictConfig, scene: Scene) -> Path:
         return Path(config.out).expanduser()
     if scene.run_dir is not None:
         return scene.run_dir / "look"
-    return Path("runs") / f"random_{config.model.name}_{scene.data_name}" / f"seed{config.seed}" / "look"
+    return untrained_folder(config, data=scene.data_name) / "look"
 
 
 def _about(config: DictConfig, scene: Scene, name: str, seconds: float) -> dict[str, Any]:
@@ -130,8 +147,9 @@ def _about(config: DictConfig, scene: Scene, name: str, seconds: float) -> dict[
             **own,
             **{key: plain(config[key]) for key in ("num_images", "images", "indices", "sample", "pooling", "seed")},
             "split": config.split,
-            "precision": dtype_name(scene.dtype),
+            **({"precision": dtype_name(scene.dtype)} if "precision" in LOOKS[name].reads else {}),
         },
+        "untrained": scene.compared_with,
         "notes": list(dict.fromkeys(scene.notes)),
         "seconds": round(seconds, 2),
         "device": str(scene.device),

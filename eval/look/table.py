@@ -27,7 +27,7 @@ class Entry:
 
 
 SHOWN = ("images", "indices", "num_images", "split")
-SAMPLE = ("sample", "split", "pooling")
+SAMPLE = ("sample", "split", "pooling", "precision")
 SCORE = (*SHOWN, "pooling", "head")
 OPTIONAL = frozenset((*SHOWN, *SAMPLE, *SCORE))
 """Settings that some looks read and others do not."""
@@ -42,7 +42,7 @@ LOOKS = {
     "map": Entry("feature_map", "PCA, t-SNE and UMAP of the features", SAMPLE),
     "clusters": Entry("clusters", "k-means with representative images, purity and suspected label errors", SAMPLE),
     "outliers": Entry("outliers", "images that are far from all others", SAMPLE),
-    "duplicates": Entry("duplicates", "near-identical images, also across train and test", ("pooling",)),
+    "duplicates": Entry("duplicates", "near-identical images, also across train and test", ("pooling", "precision")),
     "filters": Entry("filters", "filters of the first layer, or the patch embedding", SHOWN),
     "activations": Entry("activations", "the patches that activate a unit most", ("sample", "split")),
     "attention": Entry("attention", "attention maps of a vision transformer, and their roll-out", SHOWN),
