@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from eval.splits import data_settings
 from eval.subject import BASELINES
 from ssl.checkpoint import LoadedBackbone, classifier_model, export, load_backbone
 from ssl.command import run_command
-from ssl.config import ModelConfig, build, check, plain
+from ssl.config import CONF, ModelConfig, build, check, plain
 from ssl.data.augment import Augment
 from ssl.data.embedded import Embedded
 from ssl.data.image_size import as_size
@@ -119,7 +120,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     url = push(config.push, out, FILES) if config.push is not None else None
     if url:
         print(f"pushed: {url}", flush=True)
-    print(f"next: python -m eval.knn ckpt={out} data=<name>", flush=True)
+    print(f"next: {_next(config, loaded, out)}", flush=True)
     return {"out": str(out), "differences": ways, "url": url}
 
 
@@ -261,6 +262,17 @@ def _source(config: DictConfig, loaded: LoadedBackbone) -> Source:
     values = {key: value for key, value in given.items() if key != "image_size"}
     data = data_settings(values, loaded.config.get("data", {}), subject=config.ckpt)
     return build(data["source"], within="ssl.data." if own else None, split="train")
+
+
+def _next(config: DictConfig, loaded: LoadedBackbone, out: Path) -> str:
+    """A command that judges the export: on the images that were given, else on the run's own, else on embedded ones."""
+    given = {key: value for key, value in plain(config.data).items() if value is not None}
+    own = loaded.config.get("data") or {}
+    data = given if given["name"] != "checkpoint" else {**own, **given, "name": own.get("name")}
+    if data["name"] not in {path.stem for path in Path(CONF, "data").glob("*.yaml")}:
+        data = {"name": "embedded"}
+    root = [f"data.root={data['root']}"] if data.get("root") is not None else []
+    return shlex.join(["python", "-m", "eval.knn", f"ckpt={out}", f"data={data['name']}", *root])
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from eval import export
+from eval import export, knn
 from eval.config import register
 from ssl import checkpoint
 from ssl.config import CONF
@@ -115,6 +116,26 @@ def test_timm_loads_an_export_both_ways_with_equal_features(tmp_path, model, cap
     assert "written:" in capsys.readouterr().out
     again = checkpoint.load_backbone(out)
     assert (again.spec, again.mean, again.layout) == (loaded.spec, MEAN, "export")
+
+
+@pytest.mark.parametrize("name", ["embedded", "a set of ours"])
+def test_the_next_command_of_an_export_can_be_typed(tmp_path, name, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", RESNET)
+    own = export.load_backbone
+
+    def load(*args, **kwargs):
+        found = own(*args, **kwargs)
+        found.config["data"]["name"] = name
+        return found
+
+    monkeypatch.setattr(export, "load_backbone", load)
+    call(f"ckpt={run}", f"out={tmp_path / 'export'}")
+    said = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m eval.knn ")
+    few = ["data.source.num_train=24", "data.source.num_test=12", "device=cpu", "threads=1", f"out={tmp_path}"]
+    register(knn.KnnConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        assert 0 <= knn.run(compose("knn", overrides=[*shlex.split(said), *few]))["metrics"]["top1"] <= 1
 
 
 def test_an_export_loads_where_this_package_is_not(tmp_path):
