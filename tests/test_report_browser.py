@@ -6,9 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from markupsafe import Markup
 
-from eval.pages.page import write_page
+from eval.pages.page import Section, write_page
+from eval.pages.page import page as made_page
+from eval.pages.pictures import embedded
 from eval.report.gather import gather
 from eval.report.run_page import run_page
 from ssl.pretrain import run
@@ -146,6 +150,21 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, page: Pat
         visit = browser.open(path, viewport=PHONE, touch=True)
         assert overflow(visit) == 0
         visit.check(path.as_uri())
+        visit.page.context.close()
+
+
+def test_a_wide_picture_has_a_row_of_its_own_and_narrow_ones_share_one(browser: Browser, tmp_path: Path):
+    figures = [embedded(np.zeros((60, width, 3), np.uint8), f"{width}") for width in (300, 301, 1160)]
+    body = Markup('<div class="pair">') + Markup("").join(figures) + Markup("</div>")
+    write_page(tmp_path / "page.html", made_page("Pictures", [Section("p", "Pictures", body)], charts=False))
+    for viewport, least, row in ((None, 1100, 1100), (PHONE, 600, 320)):
+        visit = browser.open(tmp_path / "page.html", viewport=viewport)
+        first, second, wide = (visit.page.locator("img").nth(place).bounding_box() or {} for place in range(3))
+        assert (first["y"] == second["y"]) == (viewport is None)
+        assert wide["y"] > second["y"]
+        assert wide["width"] >= least
+        assert (visit.page.locator("figure").nth(2).bounding_box() or {})["width"] >= row
+        assert overflow(visit) == 0
         visit.page.context.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import colorsys
 import io
 import math
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from eval.pages.page import Section, as_json, page, plotly_source, render
+from eval.pages.pictures import address
 
 HERE = Path(__file__).resolve().parent
 QUALITY = 80
@@ -114,7 +114,7 @@ def sprite_sheet(thumbnails: np.ndarray) -> tuple[str, int]:
     sheet = sheet.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
     stream = io.BytesIO()
     Image.fromarray(sheet).save(stream, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}", columns
+    return address(stream.getvalue(), "image/jpeg"), columns
 
 
 def at_lightness(colour: str, *, least: float = 0.0, most: float = 1.0) -> str:

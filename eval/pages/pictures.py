@@ -16,10 +16,11 @@ MOST_BYTES = 600_000
 """Of a picture's file; a larger one is made smaller, as a page holds many."""
 MOST_PIXELS = 40_000_000
 WIDE = 640
-"""Pixels from which on a picture is not made as narrow as a phone, but can be moved in its box."""
+"""Pixels from which on a picture has a row of its own; a phone does not make it as narrow but moves it in its box."""
 FIGURE = """\
-<figure class="picture"><div class="scroll"{% if size[0] > WIDE %} tabindex="0"{% endif %}>
-<img{% if size[0] > WIDE %} class="wide"{% endif %} src="{{ uri }}" alt="{{ alt }}" width="{{ size[0] }}"
+<figure class="picture{% if size[0] > WIDE %} wide{% endif %}">
+<div class="scroll"{% if size[0] > WIDE %} tabindex="0"{% endif %}>
+<img src="{{ uri }}" alt="{{ alt }}" width="{{ size[0] }}"
  height="{{ size[1] }}"></div>
 {% if caption or note %}<figcaption>{{ caption }}{{ note }}</figcaption>{% endif %}</figure>
 """.replace("WIDE", str(WIDE))
@@ -41,9 +42,7 @@ def data_uri(picture: Path | np.ndarray, *, most_bytes: int = MOST_BYTES) -> tup
     if isinstance(picture, Path):
         data = picture.read_bytes()
     else:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        data = buffer.getvalue()
+        data = as_png(picture)
     kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
@@ -63,4 +62,16 @@ def data_uri(picture: Path | np.ndarray, *, most_bytes: int = MOST_BYTES) -> tup
         smaller.save(buffer, "JPEG", quality=85)
         data, kind, size = buffer.getvalue(), "image/jpeg", smaller.size
         note = " (made smaller for this page)"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}", size, note
+    return address(data, str(kind)), size, note
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """An uint8 picture (H, W, 3) as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def address(data: bytes, kind: str = "image/png") -> str:
+    """The `data:` address of a picture's file, of a type such as image/png."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
