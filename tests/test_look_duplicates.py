@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from eval.look import duplicates
-from eval.look.aligned import FLAT, SCALES, WINDOW, aligned_correlation, structure
-from eval.look.duplicates import candidates, groups, read_small, worn
+from eval.look.aligned import COLOURS, FLAT, SCALES, WINDOW, align, colour_agreement, structure
+from eval.look.duplicate_list import groups
+from eval.look.duplicate_pairs import compare, read_small
+from eval.look.duplicate_search import candidates, worn
 from ssl.data.folder import Folder
 from tests.image_list import ImageList, png
 from tests.scenes import pretrained, scene
@@ -177,18 +179,18 @@ def test_copies_correlate_and_their_neighbours_do_not(how):
     images = pictures(24)
     own = torch.cat([small(image) for image in images])
     copies = torch.cat([small(copy_of(image, how)) for image in images])
-    same, mirrored = aligned_correlation(own, copies, flip=True)
-    other, _ = aligned_correlation(own, copies.roll(2, 0), flip=True)  # of the same class: they take turns
-    assert same.min() > 0.9
-    assert not mirrored.any()
-    assert other.max() < 0.8
+    same = align(own, copies, flip=True)
+    other = align(own, copies.roll(2, 0), flip=True)  # of the same class: they take turns
+    assert same.correlation.min() > 0.9
+    assert not same.mirrored.any()
+    assert other.correlation.max() < 0.8
 
 
 def test_the_correlation_is_that_of_the_best_shift_by_numpy():
     rng = torch.Generator().manual_seed(0)
     first = torch.randn(1, 32, 32, generator=rng)
     second = first.roll((2, -3), (1, 2)) + 0.5 * torch.randn(1, 32, 32, generator=rng)
-    found, _ = aligned_correlation(first, second, flip=False)
+    found = align(first, second, flip=False)
     assert 32 in SCALES
     window = first[0, 4:28, 4:28].numpy().ravel()
     best = max(
@@ -196,14 +198,15 @@ def test_the_correlation_is_that_of_the_best_shift_by_numpy():
         for y in range(9)
         for x in range(9)
     )
-    assert found.item() == pytest.approx(best, abs=1e-5)
+    assert found.correlation.item() == pytest.approx(best, abs=1e-5)
+    assert (found.side.item(), found.top.item(), found.left.item()) == (32, 6, 1)
 
 
 def test_a_flat_picture_is_a_copy_of_nothing():
     flat = structure(torch.full((1, 32, 32), 0.5))
-    found, _ = aligned_correlation(flat, flat, flip=True)
+    found = align(flat, flat, flip=True)
     assert flat.std() < FLAT
-    assert found.item() == 0
+    assert found.correlation.item() == 0
 
 
 def test_exact_copies_are_known_by_their_pixels_whatever_the_file():
@@ -213,7 +216,7 @@ def test_exact_copies_are_known_by_their_pixels_whatever_the_file():
     source: Any = ImageList([png(np.array(image)), np.array(image), other])
     found = read_small(source, np.arange(3), channels=3)
     assert found.digest[0] == found.digest[1] != found.digest[2]
-    assert (found.luma[0] == found.luma[1]).all()
+    assert (found.pixels[0] == found.pixels[1]).all()
 
 
 def test_copies_for_the_threshold_differ_from_their_originals_but_little():
@@ -224,7 +227,43 @@ def test_copies_for_the_threshold_differ_from_their_originals_but_little():
         assert not torch.equal(crop, copy)
         assert copy.float().mean() < 0.9 * crop.float().mean()
         pair = [small(Image.fromarray(each.permute(1, 2, 0).numpy())) for each in (crop, copy)]
-        assert aligned_correlation(*pair, flip=False)[0].item() > 0.9
+        assert align(*pair, flip=False).correlation.item() > 0.9
+
+
+def coloured(*images: Image.Image) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1).float() / 255 for each in images])
+
+
+@pytest.mark.parametrize("how", [*PLANTED, "worn"])
+def test_the_colours_of_copies_agree_and_those_of_a_drawing_in_other_colours_do_not(how):
+    images = pictures(24)
+    own = torch.cat([small(each) for each in images])
+    if how == "worn":
+        bytes_of = torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in images])
+        copies = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in worn(bytes_of)]
+    else:
+        copies = [copy_of(each, how) for each in images]
+    found = align(own, torch.cat([small(each) for each in copies]), flip=True)
+    assert found.correlation.min() > 0.9
+    assert colour_agreement(coloured(*images), coloured(*copies), found).min() > COLOURS
+
+
+def test_a_shape_of_the_same_outline_in_other_colours_is_no_copy():
+    drawn = []
+    for ground, ink in (
+        ((200, 40, 30), (20, 60, 200)),
+        ((60, 200, 40), (40, 60, 120)),
+        ((201, 43, 30), (25, 60, 195)),
+    ):
+        image = Image.new("RGB", (32, 32), ground)
+        ImageDraw.Draw(image).regular_polygon((16, 16, 9), 3, fill=ink)
+        drawn.append(np.array(image))
+    source: Any = ImageList(drawn)
+    correlation, colours, _, _ = compare(
+        read_small(source, np.arange(3), channels=3), np.array([0, 0]), np.array([1, 2]), flip=False
+    )
+    assert correlation.min() > 0.9
+    assert colours[0] < COLOURS < colours[1]
 
 
 # ---- pairs and groups ----------------------------------------------------------------------------------------------
