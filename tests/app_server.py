@@ -73,7 +73,8 @@ class Served:
 def app_config(ckpt: Path | str, *words: str) -> DictConfig:
     """The config of `python -m eval.app`, on one thread of the CPU."""
     register(AppConfig)
-    return compose_config("app", [f"ckpt={ckpt}", "device=cpu", "threads=1", "sample=48", "num_images=4", *words])
+    few = [] if any(word.startswith(("images=", "indices=")) for word in words) else ["num_images=4"]
+    return compose_config("app", [f"ckpt={ckpt}", "device=cpu", "threads=1", "sample=48", *few, *words])
 
 
 @contextmanager

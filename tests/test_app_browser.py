@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.app.own_images import Group
 from eval.app.uploads import Refused
 from eval.head_file import save_head
 from ssl import checkpoint
@@ -143,6 +144,21 @@ def test_a_neighbour_and_an_example_can_be_looked_at_by_keyboard(browser, mae):
     finished(visit)
     visit.page.keyboard.press("Tab")
     visit.check(mae.address)
+
+
+def test_images_without_a_class_are_called_by_their_file_and_the_title_has_the_folder(browser, mae, monkeypatch):
+    monkeypatch.setattr(Group, "truth", lambda self, place: None)
+    monkeypatch.setattr(Group, "name", lambda self, place: f"a_folder_of_a_long_name/{place}.png")
+    visit = opened(browser, mae)
+    example = visit.page.locator("#example-list button").nth(1)
+    assert example.inner_text() == "1.png"
+    assert example.get_attribute("title") == "a_folder_of_a_long_name/1.png"
+    example.click()
+    assert "Done: 1.png." in finished(visit)
+    first = visit.page.locator("#neighbours button").first
+    named = first.locator(".truth").inner_text()
+    assert re.fullmatch(r"\d+\.png", named)
+    assert first.get_attribute("title") == f"a_folder_of_a_long_name/{named}"
 
 
 def test_the_file_input_is_reached_by_the_tab_key_and_has_a_name(browser, mae):

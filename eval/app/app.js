@@ -87,11 +87,14 @@
     image.alt = alt;
   }
 
+  // What an image is called: its class, else its file without the folder, which the title has.
+  const named = (entry) => entry.truth || entry.name.split("/").pop();
+
   function pictureButton(group, entry, lines, label) {
     const image = picture(`api/picture/${group}/${entry.place}`, "");
     const button = make("button", { type: "button", title: entry.name }, [image, ...lines]);
     button.setAttribute("aria-label", label);
-    button.addEventListener("click", () => look({ name: entry.truth || entry.name, group, place: entry.place }));
+    button.addEventListener("click", () => look({ name: named(entry), group, place: entry.place }));
     return make("li", {}, [button]);
   }
 
@@ -99,8 +102,8 @@
 
   function showExamples() {
     at("example-list").replaceChildren(...about.examples.map((entry) => {
-      const named = entry.truth || entry.name;
-      return pictureButton("examples", entry, [make("span", { textContent: named })], `Look at ${named}`);
+      const name = named(entry);
+      return pictureButton("examples", entry, [make("span", { textContent: name })], `Look at ${name}`);
     }));
     at("examples").hidden = about.examples.length === 0;
   }
@@ -133,10 +136,10 @@
     at("neighbours").replaceChildren(...neighbours.map((entry) => {
       const similarity = entry.similarity.toFixed(3);
       const lines = [
-        make("span", { className: "truth", textContent: entry.truth || entry.name }),
+        make("span", { className: "truth", textContent: named(entry) }),
         make("span", { className: "soft", textContent: entry.same ? `${similarity}, the same` : similarity }),
       ];
-      const label = `${entry.truth || entry.name}, similarity ${similarity}${entry.same ? ", the same image" : ""}`;
+      const label = `${named(entry)}, similarity ${similarity}${entry.same ? ", the same image" : ""}`;
       return pictureButton("train", entry, lines, label);
     }));
   }
@@ -160,7 +163,7 @@
       parts.push(`${found.prediction.by === "head" ? "Class" : "Vote of the nearest"}: ${best.class}, ${percent(best.score)}.`);
     }
     const nearest = found.neighbours[0];
-    if (nearest) parts.push(`Nearest: ${nearest.truth || nearest.name}, similarity ${nearest.similarity.toFixed(3)}.`);
+    if (nearest) parts.push(`Nearest: ${named(nearest)}, similarity ${nearest.similarity.toFixed(3)}.`);
     return parts.join(" ");
   }
 

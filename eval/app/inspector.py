@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
 from eval.app.maps import Maps
+from eval.app.own_images import Group, examples
 from eval.app.uploads import Refused
-from eval.images import Images, find_images
+from eval.images import Images
 from eval.knn import TEMPERATURE, log_votes, log_weight
+from eval.look.labels import class_name, one_class
 from eval.look.masked import errors, reconstruct
 from eval.look.reconstructions import masked_method, with_gray
 from eval.look.result import DoesNotApply
 from eval.look.samples import SampleFeatures, Shown
 from eval.look.scene import Scene
 from eval.neighbours import nearest
+from eval.pages.pictures import address, as_png
 from eval.predict import Predictor
 from eval.rows import Rows
-from ssl.config import plain
-from ssl.data.decode import decode
-from ssl.data.reader import UNREADABLE
-from ssl.data.sources import UNLABELLED, Source
+from ssl.data.sources import UNLABELLED
 from ssl.methods.base import Method
 from ssl.methods.mae import num_visible
 from ssl.pictures import to_uint8
 
-THUMBNAIL = 96  # pixels
 SAME = 1 - 1e-5
 """Cosine similarity from which two images are called the same: what fp32 leaves of 1 in batches of other sizes."""
 VOTERS = 20  # neighbours, as in eval.knn
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images of the server's own that a page may name by their place: 0..len-1."""
-
-    source: Source
-    index: np.ndarray
-    """(N,) in the source."""
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def truth(self, place: int) -> str | None:
-        """The names of the classes of an image; None where nobody said."""
-        label = np.asarray(self.source.labels)[self.index[place]]
-        numbers = np.flatnonzero(label > 0).tolist() if np.ndim(label) else [] if label == UNLABELLED else [int(label)]
-        return ", ".join(class_name(self.source.classes, number) for number in numbers) or None
-
-    def name(self, place: int) -> str:
-        """The file with its folder, or the row of its table; not the path to it, which is nobody else's business."""
-        told = self.source.describe(int(self.index[place]))
-        return "/".join(told.replace("\\", "/").split("/")[-2:])
 
 
 class Inspector:
@@ -100,7 +72,7 @@ class Inspector:
     @property
     def votes(self) -> bool:
         """Whether neighbours can vote on a class: each has one, or none."""
-        return self.bank.labels.ndim == 1 and bool((self.bank.labels != UNLABELLED).any())
+        return one_class(self.bank.labels)
 
     def lines(self) -> list[str]:
         """What the page will show, for the terminal."""
@@ -153,7 +125,7 @@ class Inspector:
             raise Refused(422, "the backbone gives features that are not finite for this image; it has diverged")
         closeness, place = self.nearest(feature, known)  # (k,), (k,)
         return {
-            "seen": png_url(shown.pixels[0]),
+            "seen": address(as_png(shown.pixels[0])),
             "size": f"{pixels.shape[1]:,} x {pixels.shape[0]:,}",
             "neighbours": [self._neighbour(*each) for each in list(zip(closeness, place))[: self.num_neighbours]],
             "prediction": self._predicted(pixels, closeness[: self.k], place[: self.k]),
@@ -161,7 +133,9 @@ class Inspector:
 
     def look_where(self, pixels: np.ndarray) -> dict[str, Any]:
         """The maps of where the network looks in an image (H, W, C)."""
-        return {"maps": [{**each, "picture": png_url(each["picture"])} for each in self.maps(self.shown(pixels))]}
+        return {
+            "maps": [{**each, "picture": address(as_png(each["picture"]))} for each in self.maps(self.shown(pixels))]
+        }
 
     def reconstruct(self, pixels: np.ndarray, *, mask_ratio: float, mask: int) -> dict[str, Any]:
         """What is hidden of an image (H, W, C) and what the method makes of it; `mask` numbers the random masks."""
@@ -177,8 +151,8 @@ class Inspector:
         found = reconstruct(method, shown.image, noise, mask_ratio)
         error = {name: value.item() for name, value in errors(method, found, self.scene.std).items()}
         return {
-            "seen": png_url(with_gray(shown.pixels[0], found.hidden[0, 0].cpu().numpy())),
-            "made": png_url(to_uint8(found.pasted, self.scene.mean, self.scene.std)[0]),
+            "seen": address(as_png(with_gray(shown.pixels[0], found.hidden[0, 0].cpu().numpy()))),
+            "made": address(as_png(to_uint8(found.pasted, self.scene.mean, self.scene.std)[0])),
             "hidden": num_hidden,
             "of": num,
             "error": error["model"],
@@ -188,21 +162,11 @@ class Inspector:
 
     def thumbnail(self, group: str, place: int) -> bytes:
         """A small picture of one of the server's images, as PNG. Raises Refused for a place that there is not."""
-        chosen = self.group(group, place)
-        views = self.scene.views_of(chosen.source, chosen.index[place : place + 1], (THUMBNAIL, THUMBNAIL))
-        if not len(views.index):
-            raise Refused(404, "this image can no longer be read")
-        zeros, ones = [0.0] * self.scene.channels, [1.0] * self.scene.channels
-        return png(to_uint8(views.crops.float() / 255, zeros, ones)[0])
+        return self.group(group, place).thumbnail(place, self.scene)
 
     def own(self, group: str, place: int) -> np.ndarray:
         """The pixels (H, W, C) of one of the server's images. Raises Refused for a place that there is not."""
-        chosen = self.group(group, place)
-        try:
-            data = chosen.source.read(int(chosen.index[place]))
-            return decode(data, self.scene.channels) if isinstance(data, bytes) else data
-        except UNREADABLE as error:
-            raise Refused(404, "this image can no longer be read") from error
+        return self.group(group, place).pixels(place, self.scene.channels)
 
     def group(self, group: str, place: int) -> Group:
         """The group of that name, which has a place of that number. Raises Refused where there is none."""
@@ -272,7 +236,7 @@ class Inspector:
         num_classes = int(self.bank.labels.max()) + 1
         votes = log_votes(weight[has_label][None], label[has_label][None], num_classes)[0].softmax(0)  # (classes,)
         share, best = votes.topk(min(self.top, int((votes > 0).sum())))
-        names = [class_name(self.groups["train"].source.classes, number) for number in best.tolist()]
+        names = [class_name(number, self.groups["train"].source.classes) for number in best.tolist()]
         how = (
             f"No classifier was trained on this backbone: these are shares of the vote of the {int(has_label.sum())} "
             f"nearest labelled images, each with the weight exp(similarity / {TEMPERATURE:g}), as in eval.knn. "
@@ -294,26 +258,3 @@ def check_settings(config: DictConfig) -> None:
     for key in ("neighbours", "k", "top"):
         if config[key] is not None and config[key] < 1:
             raise ValueError(f"{key} must be at least 1, got {config[key]}")
-
-
-def examples(scene: Scene) -> Group:
-    """The images that the page offers: those that a person named, else some of the split that is looked at."""
-    named = scene.config.images is not None
-    source = find_images(plain(scene.config.images)) if named else scene.source(scene.split)
-    return Group(source, scene.shown().index)
-
-
-def class_name(classes: Sequence[str] | None, label: int) -> str:
-    return classes[label] if classes is not None and label < len(classes) else str(label)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """An uint8 picture (h, w, 3) as a PNG file."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def png_url(pixels: np.ndarray) -> str:
-    """An uint8 picture (h, w, 3) as a data: URL."""
-    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
