@@ -28,7 +28,6 @@ from eval.finetune_start import check_settings, check_start, divide, make_model,
 from eval.finetuning import FineTuning
 from eval.held_out import NAME, HeldOut, classify
 from eval.mixing import Mixing
-from eval.report.refresh import renew
 from eval.results import environment, open_folder, write_results
 from eval.scores import details, headline
 from eval.splits import data_settings, make_splits
@@ -231,7 +230,6 @@ def run(config: DictConfig, *, out: Path | None = None, loaded: LoadedBackbone |
     if distributed.is_main():
         more = details(found.features, labels, splits.classes, multi_label=splits.multi_label)
         write_results(path, metrics=metrics, protocol=protocol, details=more)
-        renew(out)
         _say(metrics, protocol, path)
         print(f"next: python -m eval.predict ckpt={out} images=PATH")
     distributed.stop()

@@ -15,6 +15,7 @@ import timm
 import torch
 
 import ssl.distributed as distributed
+from eval.report.refresh import renew
 from eval.scan import import_faiss
 from ssl.version import commit
 
@@ -36,7 +37,9 @@ def open_folder(folder: Path) -> Path:
 def write_results(
     path: Path, *, metrics: dict[str, float], protocol: dict[str, Any], details: dict[str, Any] | None = None
 ) -> None:
-    """Write `{"metrics": ..., "protocol": ...}`, and `details` where there are some, whole or not at all."""
+    """Write `{"metrics": ..., "protocol": ...}`, and `details` where there are some, whole or not at all. The page of
+    the run in whose folder that is, where it has one and is at an end, is made again with it.
+    """
     more = {} if details is None else {"details": details}
     text = json.dumps({"metrics": metrics, "protocol": protocol, **more}, indent=2, allow_nan=False)
     text = LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text)  # a matrix: a line for each row
@@ -47,6 +50,7 @@ def write_results(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror}; give another out=") from error
+    renew(path)
 
 
 def environment() -> dict[str, Any]:

@@ -83,7 +83,12 @@ class Reporter:
     train_seconds: Callable[[], float]
     images_per_second: Callable[[], float | None]
     step: int = 0
+    """The last one that is known to be done: of the last log line or checkpoint."""
     _warned: bool = False
+
+    def logged(self, step: int) -> None:
+        """The metrics of a step were logged."""
+        self.step = step
 
     def saved(self, step: int, final: bool) -> None:
         """A checkpoint was written: on every rank."""

@@ -230,6 +230,7 @@ def train(
         if metrics["loss"] != metrics["loss"]:  # every step since the last line was skipped: JSON has no such number
             latest["loss"] = None
         tracker.log(step, {"epoch": step / steps_per_epoch, **metrics})
+        reporter.logged(step)
 
     def subject(step: int) -> OnlineSubject:
         return OnlineSubject(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,12 +34,15 @@ from eval.report.gather import LOST, RUNNING, gather
 from eval.report.metrics import HOLD, History, skips
 from eval.report.refresh import RunReport
 from eval.report.run_page import run_page
+from eval.results import write_results
+from ssl.checkpoint_card import CARD
 from ssl.config import CONF
 from ssl.online import StopRun
 from ssl.pretrain import run
 from ssl.run_lock import RunLock
 from ssl.run_report import Moment, Reporter
 from ssl.stopping import Stopped
+from ssl.tracking import Tracker, duration
 from tests.test_pretrain import METHODS, SHORT, assert_equal_runs, composed
 
 BRIEF = [*SHORT, "trainer.steps=6", "trainer.checkpoint_every_steps=2", "online=none", "report.sample=16"]
@@ -98,7 +102,8 @@ def test_a_long_history_is_held_as_few_points_and_keeps_its_peak(tmp_path: Path)
     run = gather(tmp_path, history=history)
     text = run_page(run)
     assert len(text) - len(pages.plotly_source()) < 600_000
-    assert "30,000 values were logged" in text
+    assert f"Of 30,000 values that were read {len(decimated(curve.steps, curve.values)):,} are drawn" in text
+    assert "points at most" not in text
 
 
 def test_what_was_read_piece_by_piece_is_what_is_read_at_once(tmp_path: Path):
@@ -185,6 +190,19 @@ def test_what_was_typed_is_noted_for_its_folder_only(tmp_path: Path, monkeypatch
     assert other.command is None
     (tmp_path / "a" / "config.yaml").write_text("seed: 0\n")
     assert "python -m ssl.pretrain method=mae &#39;data.root=/my photos&#39;" in run_page(gather(tmp_path / "a"))
+
+
+def test_the_command_of_a_run_is_that_of_its_last_start(tmp_path: Path):
+    rows = [
+        {"event": "start", "step": step, "stop_step": 9, "command": words}
+        for step, words in ((0, ["first", "trainer.epochs=1"]), (4, ["last", "trainer.epochs=2"]), (6, None))
+    ]
+    (tmp_path / starts.NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = run_page(gather(tmp_path))
+    assert '<pre id="command">last trainer.epochs=2</pre>' in text
+    assert "were typed in 2 ways" in text
+    (tmp_path / starts.NAME).write_text(json.dumps(rows[1]) + "\n" + json.dumps(rows[1] | {"step": 5}) + "\n")
+    assert "ways, of which" not in run_page(gather(tmp_path))
 
 
 def test_a_torn_line_costs_that_line(tmp_path: Path):
@@ -326,6 +344,36 @@ def test_a_run_that_holds_its_lock_is_running_and_one_without_an_end_is_lost(tmp
     with RunLock(tmp_path):
         assert gather(tmp_path).state == RUNNING
     assert gather(tmp_path).state == LOST
+
+
+def test_what_is_left_is_reckoned_from_the_step_whose_time_is_known(tmp_path: Path):
+    metrics_run(tmp_path)  # 100 steps are logged
+    starts.note_start(tmp_path, step=0, stop_step=200, device="cpu", world_size=1, num_features=None)
+    checkpoint = tmp_path / "checkpoints" / "step_00000050"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / CARD).write_text(json.dumps({"train_seconds": 3000.0}))
+    with RunLock(tmp_path):
+        run = gather(tmp_path)
+        assert (run.step, run.saved and run.saved.step) == (100, 50)
+        text = run_page(run)
+    assert f"<b>{duration(6000.0)}</b>left, at this pace" in text
+    assert "training time up to step 50" in text
+
+
+def test_a_run_that_failed_says_the_last_step_that_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(self: Tracker, step: int, metrics: dict[str, float], log: Any = Tracker.log) -> None:
+        if step == 3:
+            raise RuntimeError("planted")
+        log(self, step, metrics)
+
+    monkeypatch.setattr(Tracker, "log", fails)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(composed(*METHODS["simclr"], *BRIEF, "trainer.checkpoint_every_steps=100"), out=tmp_path / "run")
+    (start,) = starts.read_starts(tmp_path / "run")
+    assert start.end is not None
+    assert start.end["step"] == 2
+    (warning,) = [each for each in warnings_of(gather(tmp_path / "run")) if "ended with an error" in each.what]
+    assert "begins anew, as no checkpoint was written" in warning.advice
 
 
 # ---- what it costs -------------------------------------------------------------------------------------------------
@@ -472,6 +520,14 @@ def test_data_in_a_page_is_what_was_put_in():
     assert json.loads(element[element.index(">") + 1 : element.rindex("<")]) == {**value, "z": None}
 
 
+@pytest.mark.parametrize(("steps", "said"), [((0,), "never resumed"), ((0, 4), "resumed once (the dashed line)")])
+def test_how_often_a_run_was_resumed_is_said_in_words(steps: tuple[int, ...], said: str, tmp_path: Path):
+    metrics_run(tmp_path)
+    for step in steps:
+        starts.note_start(tmp_path, step=step, stop_step=100, device="cpu", world_size=1, num_features=None)
+    assert said in run_page(gather(tmp_path))
+
+
 def test_a_chart_says_in_words_what_it_shows():
     chart = Elements(line_chart("c", [Series("loss", [4, 1, 2], {"step": [0, 5, 9]})], x={"step": "step"}, y="loss"))
     (words,) = [value for name, value in chart.attributes if name == "aria-label" and value and "line chart" in value]
@@ -493,6 +549,59 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path):
     run_dir = hostile_run(tmp_path)
     (run_dir / "pictures" / "views_00000002.png").write_bytes(b"nothing")
     assert "is no picture" in run_page(gather(run_dir))
+
+
+@pytest.mark.parametrize("protocol", [{"data": 5}, {"checkpoint": {"step": "x"}}, {"weights": []}, {"notes": 3}])
+def test_a_result_that_no_evaluation_writes_is_named_and_costs_no_other(protocol: dict, tmp_path: Path):
+    metrics_run(tmp_path, data_wait=lambda step: 0.3)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "odd.json").write_text(result_of(protocol, 0.1))
+    (tmp_path / "eval" / "sound.json").write_text(result_of({}, 0.4321))
+    text = run_page(gather(tmp_path))
+    assert "odd.json has a protocol that no evaluation writes" in text
+    assert "43.21%" in text
+    assert "The device waits for data 30%" in text
+    assert "could not be made (" not in text
+
+
+def test_details_that_no_evaluation_writes_cost_their_own_table_alone(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "eval").mkdir()
+    odd = {"metrics": {}, "protocol": {"command": "a"}, "details": {"per_class": {"b": 0.5}, "confusion": {"rows": 7}}}
+    (tmp_path / "eval" / "odd.json").write_text(json.dumps(odd))
+    (tmp_path / "eval" / "sound.json").write_text(result_of({}, 0.4321))
+    text = run_page(gather(tmp_path))
+    assert "eval/odd.json cannot be shown" in text
+    assert "43.21%" in text
+
+
+ODD = ['"step": NaN', '"step": "12"', '"step": true', '"step": 4, "epoch": "x"', f'"step": {10**400}', '"epoch": 1']
+
+
+@pytest.mark.parametrize("row", ODD)
+def test_a_row_whose_step_or_epoch_is_no_number_is_left_out(row: str, tmp_path: Path):
+    metrics_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{{row}, "loss": 1e9, "images_per_second": {10**400}}}\n')
+        file.write(f'{{"step": 101, "epoch": 10.1, "loss": 1.5, "odd": {10**400}}}\n')
+    found = gather(tmp_path)
+    assert (found.history.num_torn, found.history.num_rows, found.step) == (1, 101, 101)
+    assert found.history.latest["loss"] == 1.5
+    text = run_page(found)
+    assert "could not be made" not in text
+    assert "101 of 100" in text
+
+
+@pytest.mark.parametrize(
+    "config", ["trainer: 5", "trainer: {steps: x, epochs: [1]}", "optim: a", "data: [1]", "model: b"]
+)
+def test_settings_that_are_no_groups_cost_no_part_of_the_page(config: str, tmp_path: Path):
+    metrics_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(config + "\n")
+    found = gather(tmp_path)
+    assert "could not be made" not in run_page(found)
+    assert found.state == starts.STOPPED
+    assert any("no group of settings" in said for said in found.problems) == ("steps" not in config)
 
 
 # ---- what it says --------------------------------------------------------------------------------------------------
@@ -521,11 +630,30 @@ def test_a_sound_run_is_given_no_advice(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s: 2.08 - 0.034 * min(s / 50, 1) + (0.009 if s > 90 else 0.0),  # rises by less than 1 % of the first
+        lambda s: 5 - 0.4 * min(s / 50, 1) + 0.3 * (s % 2) + (0.12 if s > 90 else 0.0),  # by less than its noise
+    ],
+)
+def test_a_loss_that_rises_within_its_noise_is_no_sign_of_trouble(loss: Callable[[int], float], tmp_path: Path):
+    assert warnings_of(gather(metrics_run(tmp_path, loss=loss)), RUNNING) == []
+
+
+def test_a_check_that_meets_something_odd_is_named_and_the_others_are_made(tmp_path: Path):
+    metrics_run(tmp_path, data_wait=lambda step: 0.3)
+    (tmp_path / "recipe.json").write_text(json.dumps({"parts": {"schedule": {"warmup_steps": "x"}}}))
+    said = [warning.what for warning in warnings_of(gather(tmp_path), RUNNING)]
+    assert any("The check of warmup could not be made (TypeError" in each for each in said)
+    assert any("The device waits for data 30%" in each for each in said)
+
+
+@pytest.mark.parametrize(
     ("curves", "said"),
     [
         ({"loss": lambda s: 5 + 0.001 * (s % 3)}, "The loss has not fallen"),
         ({"loss": lambda s: 5 - s / 30 if s < 60 else 4.5}, "The loss has risen again"),
-        ({"loss": lambda s: None if s == 50 else 5 - s / 30}, "At 1 logged steps the loss was not finite"),
+        ({"loss": lambda s: None if s == 50 else 5 - s / 30}, "At 1 logged step the loss was not finite"),
         ({"skipped_steps": lambda s: float(s > 20) * 3}, "3 steps were skipped (3.00% of the run)"),
         ({"data_wait": lambda s: 0.3}, "The device waits for data 30% of the time"),
         ({"images_per_second": lambda s: 100.0 if s < 70 else 30.0}, "Training has become slower: 30 images/s"),
@@ -657,19 +785,87 @@ def test_a_path_that_is_no_run_is_refused_in_words(tmp_path: Path):
         report(f"runs=[{tmp_path}]", "looks=[nonsense]")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["looks=[]", "sample=500"], "sample has no effect with looks="),
+        (["looks=[]", "threads=1"], "threads has no effect with looks="),
+        (["looks=[]", "data.root=/photos"], "data.root has no effect with looks="),
+        (["looks=[views]", "sample=500"], "sample has no effect on looks="),
+        (["sample=-1"], "sample must be 1 image or more, got -1"),
+    ],
+)
+def test_settings_without_effect_or_out_of_range_are_refused(words: list[str], said: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=said):
+        report(f"runs=[{metrics_run(tmp_path)}]", *words)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_the_page_goes_is_looked_at_before_anything_is_made(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [tmp_path / name for name in "ab"[:count]]
+    for path in paths:
+        path.mkdir()
+        metrics_run(path)
+    monkeypatch.setattr(command, "_page_of", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(command.comparison, "write", lambda *_: pytest.fail("made"))
+    runs = f"runs=[{','.join(map(str, paths))}]"
+    with pytest.raises(ValueError, match="is a folder; give a file, such as"):
+        report(runs, f"out={tmp_path}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written: .*; give another out="):
+        report(runs, f"out={tmp_path / 'file' / 'page.html'}")
+
+
+def test_what_keeps_a_picture_from_being_made_is_said_in_its_place(finished: tuple[str, Path], tmp_path: Path):
+    made = report(f"runs=[{finished[1]}]", f"out={tmp_path / 'page.html'}", "sample=3", "threads=1")
+    part = made.read_text().split('<h3 id="picture-map">')[1].split("<h3")[0]
+    assert "Left out: " in part
+    assert "It was not asked for" not in part
+
+
+def test_a_folder_that_has_only_checkpoints_is_a_run(finished: tuple[str, Path], tmp_path: Path):
+    (tmp_path / "checkpoints").symlink_to(finished[1] / "checkpoints")
+    assert "<b>6</b>step" in report(f"runs=[{tmp_path}]", "looks=[]").read_text()
+
+
 def test_a_page_is_made_again_where_there_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    protocol = {"command": "eval.finetune", "checkpoint": {"step": 600}, "weights": {"step": 8}}
     metrics_run(tmp_path)
-    refresh.renew(tmp_path)
+    for folder in (tmp_path / "eval", tmp_path / "finetune" / "a" / "eval"):
+        folder.mkdir(parents=True)
+    write_results(tmp_path / "eval" / "knn.json", metrics={"top1": 0.1234}, protocol={"command": "eval.knn"})
     assert not (tmp_path / "report.html").exists()
     report(f"runs=[{tmp_path}]")
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "finetune.json").write_text(result_of({}, 0.4321))
-    refresh.renew(tmp_path)
-    assert "43.21%" in (tmp_path / "report.html").read_text()
+    write_results(tmp_path / "finetune" / "a" / "eval" / "finetune.json", metrics={"top1": 0.4321}, protocol=protocol)
+    text = (tmp_path / "report.html").read_text()
+    assert "43.21%" in text
+    (row,) = [row for row in text.split("<tr>") if "finetune/a/eval/finetune.json</td>" in row and "43.21%" in row]
+    assert '<td class="number">8</td>' in row  # of the model that was fine-tuned, not of the one before
+    assert "when a result was added" in text
+    with RunLock(tmp_path):
+        write_results(tmp_path / "eval" / "knn.json", metrics={"top1": 0.9876}, protocol={"command": "eval.knn"})
+        assert (tmp_path / "report.html").read_text() == text  # the run makes it
     (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").mkdir()
-    refresh.renew(tmp_path)
+    write_results(tmp_path / "eval" / "knn.json", metrics={"top1": 0.1}, protocol={"command": "eval.knn"})
     assert "could not be made again" in caplog.text
+
+
+def test_a_page_that_is_made_again_keeps_the_pictures_that_were_made_for_it(finished: tuple[str, Path], tmp_path: Path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    page = report(f"runs=[{tmp_path / 'run'}]", "looks=[neighbours]", "sample=24", "threads=1")
+    before = page.read_text()
+    result = tmp_path / "run" / "eval" / "knn.json"
+    result.parent.mkdir()
+    write_results(result, metrics={"top1": 0.4321}, protocol={"command": "eval.knn"})
+    after = page.read_text()
+    pictures = [text.split('<section id="pictures"')[1].split("</section>")[0] for text in (before, after)]
+    assert "Step 6, the last checkpoint" in pictures[0]
+    assert pictures[0] == pictures[1]
+    assert "43.21%" in after
+    assert "43.21%" not in before
 
 
 def test_a_run_without_metrics_or_checkpoint_has_a_page_that_says_so(tmp_path: Path):

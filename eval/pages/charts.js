@@ -30,6 +30,8 @@
     if (chart.log) made.yaxis.type = "log";
     if (chart.data.log_x) made.xaxis.type = "log";
     if (["step", "images"].includes(chart.axis)) made.xaxis.exponentformat = "SI";  // 2M, which hours would not be
+    const alone = chart.kind === "lines" && chart.data.series.every((series) => series.y.length < 2);
+    if (alone) made.yaxis.rangemode = "tozero";  // else the axis would magnify the digits of one number
     if (chart.data.percent) Object.assign(made.yaxis, { tickformat: ".3~%", rangemode: "nonnegative" });
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
@@ -61,7 +63,7 @@
         color: colour(`--c${slot(series, i) % 8}`), width: 1.8,
         dash: series.dash ? "dash" : DASHES[Math.floor(slot(series, i) / 8) % 5],
       },
-      marker: { size: 4 },
+      marker: { size: series.y.length < 2 ? 9 : 4 },
     }));
     for (const [kind, symbol, paint] of [["resume", "triangle-up", "--soft"], ["skipped", "x", "--bad"]]) {
       const marks = chart.data.marks.filter((mark) => mark.kind === kind);

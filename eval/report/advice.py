@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ ENOUGH = 20
 LEAST_FALL = 0.01
 """Of its first value: a loss that fell less has not fallen."""
 RISEN = 0.25
-"""Of its fall: a loss that has risen by so much again above its lowest."""
+"""Of its fall: a loss that has risen by so much again above its lowest, and by more than LEAST_FALL of its first value
+and than the spread within a tenth.
+"""
 SLOWED = 0.6
 FALLEN_KNN = 0.02
 UNKNOWN_DIMENSIONS = 32
@@ -43,13 +45,24 @@ def warnings_of(run: RunFolder, state: str | None = None) -> list[Warning]:
     """What is worth a person's look in a run, the severe first. `state` is the run's where it is known better."""
     state = state or run.state
     checks = (_ending, _loss, _not_finite, _collapse, _accuracy, _data_wait, _throughput, _warmup, _bad_images)
-    found = [warning for check in checks for warning in check(run, state)]
-    found += [*_evaluations(run, state), *_versions(run)]
+    found = [warning for check in (*checks, _evaluations, _versions) for warning in _heard(check, run, state)]
     return sorted(found, key=lambda warning: not warning.is_severe)
+
+
+def _heard(check: Callable[[RunFolder, str], Iterator[Warning]], run: RunFolder, state: str) -> list[Warning]:
+    """What a check finds; where the folder holds something else than a run writes, that it could not be made."""
+    try:
+        return list(check(run, state))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        said = f"{type(error).__name__}: {error}"[:200]
+        return [Warning(f"The check of {name} could not be made ({said}).", "see what the files of this folder hold")]
 
 
 def _ending(run: RunFolder, state: str) -> Iterator[Warning]:
     again = "the same command continues from the last checkpoint"
+    if run.saved is None:
+        again = "the same command begins anew, as no checkpoint was written (trainer.checkpoint_every_steps=)"
     if state == FAILED:
         hint = ""
         if run.failed:
@@ -78,8 +91,10 @@ def _loss(run: RunFolder, state: str) -> Iterator[Warning]:
     values = curve.values[np.argsort(curve.steps, kind="stable")]
     if len(values) < ENOUGH or curve.steps.max() <= warmup:
         return
-    parts = [float(np.median(part)) for part in np.array_split(values, 10)]
+    tenths = np.array_split(values, 10)
+    parts = [float(np.median(tenth)) for tenth in tenths]
     first, last, lowest = parts[0], parts[-1], min(parts)
+    spread = max(_spread(tenths[-1]), _spread(tenths[int(np.argmin(parts))]))
     if first - last < LEAST_FALL * abs(first):
         yield Warning(
             f"The loss has not fallen: {first:.4g} in the first tenth of the run, {last:.4g} in the last.",
@@ -87,11 +102,17 @@ def _loss(run: RunFolder, state: str) -> Iterator[Warning]:
             "should see, and that the data are more than a few images",
             is_severe=True,
         )
-    elif last - lowest > RISEN * (first - lowest):
+    elif last - lowest > max(RISEN * (first - lowest), LEAST_FALL * abs(first), spread):
         yield Warning(
             f"The loss has risen again: its lowest tenth was at {lowest:.4g}, it is at {last:.4g} now.",
             "a lower optim.base_lr, a longer schedule.warmup_epochs or trainer.clip_grad_norm=1 keep it down",
         )
+
+
+def _spread(values: np.ndarray) -> float:
+    """Between the lowest and the highest quarter of some values."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low)
 
 
 def _not_finite(run: RunFolder, state: str) -> Iterator[Warning]:
@@ -108,7 +129,7 @@ def _not_finite(run: RunFolder, state: str) -> Iterator[Warning]:
     curve = run.history.curves.get("loss")
     if curve is not None and curve.num_missing:
         yield Warning(
-            f"At {curve.num_missing:,} logged steps the loss was not finite.",
+            f"At {curve.num_missing:,} logged step{'s' if curve.num_missing > 1 else ''} the loss was not finite.",
             "look at trainer.precision (fp32 has no overflow) and at optim.base_lr",
             is_severe=True,
         )
@@ -162,7 +183,8 @@ def _data_wait(run: RunFolder, state: str) -> Iterator[Warning]:
     wait = float(np.median(_latter_half(curve)))
     if wait > MOST_WAIT:
         yield Warning(
-            f"The device waits for data {wait:.0%} of the time (median of the latter half; more than {MOST_WAIT:.0%}).",
+            f"The device waits for data {wait:.0%} of the time, by the median of the latter half; from {MOST_WAIT:.0%} "
+            "on, faster reading pays.",
             "give loader.threads more cores, or prepare the images once with python -m ssl.prepare, which stores them "
             "smaller; data.in_memory_gib keeps a small set in memory",
         )
@@ -234,7 +256,7 @@ def _evaluations(run: RunFolder, state: str) -> Iterator[Warning]:
         )
 
 
-def _versions(run: RunFolder) -> Iterator[Warning]:
+def _versions(run: RunFolder, state: str) -> Iterator[Warning]:
     kept = [start.about.get("versions") for start in run.starts]
     told = [each for each in kept if isinstance(each, dict)]
     names = sorted({name for each in told for name in each})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from eval.report import comparison
 from eval.report.gather import RunFolder, check_run_folder, gather
 from eval.report.run_page import run_page
 from ssl.command import run_command
-from ssl.config import Device, check
+from ssl.config import Device, check, plain
 
 USAGE = """eval.report needs runs:
   python -m eval.report runs/<run>                 the run's page: <run>/report.html
@@ -29,8 +30,10 @@ USAGE = """eval.report needs runs:
   python -m eval.report runs/sweeps/<sweep>        the same of a sweep
   python -m eval.report runs/<run> out=/tmp/a.html looks=[]      elsewhere, and from what the folder has alone"""
 REPORT, COMPARISON = "report.html", "comparison.html"
-OF_ONE = ("looks", "sample", "data", "device", "threads")
-"""Settings of the pictures, which only the page of one run has."""
+OF_PICTURES = ("sample", "data", "device", "threads")
+"""Settings of the pictures of features."""
+OF_ONE = ("looks", *OF_PICTURES)
+"""Settings that only the page of one run has."""
 
 
 @dataclass
@@ -49,18 +52,26 @@ class ReportConfig:
 def run(config: DictConfig) -> Path:
     """Write the page of what `config.runs` names; returns its path.
 
-    Raises ValueError where a path is no run, OSError where the page cannot be written.
+    Raises ValueError where a path is no run or a setting has no effect, OSError where the page cannot be written.
     """
     began = time.perf_counter()
     paths = [Path(given).expanduser() for given in config.runs]
-    if len(paths) == 1 and _is_run(paths[0]):
-        out = Path(config.out).expanduser() if config.out else paths[0] / REPORT
-        _write(out, _page_of(paths[0], config))
+    is_one = len(paths) == 1 and _is_run(paths[0])
+    if is_one:
+        _check_looks(config)
     else:
-        _check_unused(config)
-        out = Path(config.out).expanduser() if config.out else _beside(paths) / COMPARISON
-        out.parent.mkdir(parents=True, exist_ok=True)
-        comparison.write(paths, out)
+        _refuse(config, OF_ONE, "on the comparison of several runs; leave it out, or give one run")
+    given = Path(config.out).expanduser() if config.out else None
+    out = given or (paths[0] / REPORT if is_one else _beside(paths) / COMPARISON)
+    _check_out(out)
+    text = _page_of(paths[0], config) if is_one else None
+    try:
+        if text is None:
+            comparison.write(paths, out)
+        else:
+            write_page(out, text)
+    except OSError as error:
+        raise OSError(_cannot(out, error)) from error
     size = out.stat().st_size / 1e6
     print(f"written: {out} ({size:.1f} MB, one file, {time.perf_counter() - began:.1f} s)")
     print(f"next: open {out.resolve().as_uri()} in a browser", flush=True)
@@ -69,7 +80,7 @@ def run(config: DictConfig) -> Path:
 
 def _is_run(path: Path) -> bool:
     """Whether a folder is a run, and no sweep or folder of runs. Raises ValueError where it is neither."""
-    if any((path / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+    if any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
         return True
     if path.is_dir() and any(path.glob("*/")):
         return False
@@ -80,42 +91,36 @@ def _is_run(path: Path) -> bool:
 def _page_of(path: Path, config: DictConfig) -> str:
     check_run_folder(path)
     run = gather(path)
-    made, said = _looks(run, config)
-    for line in said:
-        print(line, flush=True)
-    return run_page(run, made=made, notes=said)
+    made, left_out = _looks(run, config)
+    for why in dict.fromkeys(left_out.values()):
+        print(f"{', '.join(name for name in left_out if left_out[name] == why)} left out: {why}", flush=True)
+    return run_page(run, made=made, left_out=left_out)
 
 
-def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, Look], list[str]]:
-    """Looks at the last checkpoint by name, and what was left out and why."""
+def _looks(run: RunFolder, config: DictConfig) -> tuple[dict[str, Look], dict[str, str]]:
+    """Looks at the last checkpoint by name, and of those that were left out the reason."""
     names = _method_looks(run) if config.looks is None else list(config.looks)
-    unknown = [name for name in names if name not in LOOKS]
-    if unknown:
-        raise ValueError(f"looks={names}: {unknown[0]} is no look; there are {', '.join(LOOKS)}")
     if not names:
-        return {}, []
+        return {}, {}
     if run.saved is None:
-        return {}, ["no pictures of features: the run has written no checkpoint yet"]
+        return {}, dict.fromkeys(names, "the run has written no checkpoint yet")
     from eval.look.scene import Scene
 
     made: dict[str, Look] = {}
-    said: list[str] = []
+    left_out: dict[str, str] = {}
     try:
         scene = Scene(_look_config(run, config))
     except (ValueError, OSError) as error:
-        return {}, [f"no pictures of features: {error}"]
+        return {}, dict.fromkeys(names, str(error))
     for name in names:
         began = time.perf_counter()
         try:
             made[name] = LOOKS[name].load()(scene)
-        except DoesNotApply as error:
-            said += [f"{name}: left out: {error}"] if config.looks is not None else []
-            continue
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            said.append(f"{name} could not be made: {error}")
+        except (DoesNotApply, ValueError, OSError, RuntimeError, ImportError) as error:
+            left_out[name] = str(error)
             continue
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
-    return made, said
+    return made, left_out
 
 
 def _method_looks(run: RunFolder) -> list[str]:
@@ -136,14 +141,49 @@ def _look_config(run: RunFolder, config: DictConfig) -> DictConfig:
     return look
 
 
-def _check_unused(config: DictConfig) -> None:
-    """Raise ValueError for settings that the comparison does not have."""
+def _check_looks(config: DictConfig) -> None:
+    """Raise ValueError for looks that there are not, and settings out of range or without effect on those asked for."""
+    names = list(LOOKS) if config.looks is None else list(config.looks)
+    unknown = [name for name in names if name not in LOOKS]
+    if unknown:
+        raise ValueError(f"looks={names}: {unknown[0]} is no look; there are {', '.join(LOOKS)}")
+    if config.sample < 1:
+        raise ValueError(f"sample must be 1 image or more, got {config.sample}; looks=[] makes no pictures of features")
+    if not names:
+        _refuse(config, OF_PICTURES, "with looks=[], which makes no pictures of features; leave it out")
+    elif not any("sample" in LOOKS[name].reads for name in names):
+        _refuse(config, ("sample",), f"on looks={names}, which read no sample of the images; leave it out")
+
+
+def _refuse(config: DictConfig, keys: Sequence[str], why: str) -> None:
+    """Raise ValueError for the first of the settings that is not left as it is by itself."""
     defaults: Any = OmegaConf.structured(ReportConfig)
-    for key in OF_ONE:
+    for key in keys:
         given = config[key]
-        changed = given.name != "checkpoint" if key == "data" else given != defaults[key]
-        if changed:
-            raise ValueError(f"{key} has no effect on the comparison of several runs; leave it out, or give one run")
+        if key == "data":
+            own = {name: value for name, value in plain(given).items() if value is not None and name != "name"}
+            name = "data" if given.name != "checkpoint" else f"data.{next(iter(own))}" if own else None
+        else:
+            name = key if given != defaults[key] else None
+        if name is not None:
+            raise ValueError(f"{name} has no effect {why}")
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError or OSError, before anything is read, where the page cannot be written to `out`."""
+    if out.is_dir():
+        raise ValueError(f"out={out} is a folder; give a file, such as {out / REPORT}")
+    probe = out.parent / f".writable_{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(_cannot(out, error)) from error
+
+
+def _cannot(out: Path, error: OSError) -> str:
+    return f"{out} cannot be written: {error.strerror or error}; give another out="
 
 
 def _beside(paths: list[Path]) -> Path:
@@ -151,14 +191,6 @@ def _beside(paths: list[Path]) -> Path:
     if len(paths) == 1:
         return paths[0]
     return Path(os.path.commonpath([path.resolve() for path in paths]))
-
-
-def _write(out: Path, text: str) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(out, text)
-    except OSError as error:
-        raise OSError(f"{out} cannot be written: {error.strerror or error}; give another out=") from error
 
 
 def main() -> None:

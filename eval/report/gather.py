@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from eval.protocols import read_result
-from eval.report.metrics import History
+from eval.report.metrics import History, is_number
 from ssl.checkpoint import steps_saved
 from ssl.checkpoint_card import CARD, read_config, read_text
 from ssl.run_lock import is_held
@@ -19,8 +20,11 @@ from ssl.starts import COMPLETE, ENDED, FAILED, STOPPED, Start, read_starts
 
 T = TypeVar("T")
 MOST_RESULTS = 200
+GROUPS = ("trainer", "data", "optim", "model")
+"""Of config.yaml, those that are read."""
 PICTURE = re.compile(r"(?P<name>.+)_(?P<step>\d{8})\.png")
 RUNNING, LOST = "running", "lost"
+UNSOUND = "has a protocol that no evaluation writes, and is left out"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class RunFolder:
     @property
     def steps_per_epoch(self) -> float | None:
         step, epoch = self.history.last.get("step"), self.history.last.get("epoch")
-        return step / epoch if step and epoch else None
+        per_epoch = step / epoch if step and epoch else None
+        return per_epoch if per_epoch is not None and math.isfinite(per_epoch) else None
 
     @property
     def stop_step(self) -> int | None:
@@ -85,9 +90,10 @@ class RunFolder:
         if self.starts and self.starts[-1].stop_step:
             return self.starts[-1].stop_step
         trainer = self.config.get("trainer") or {}
-        per_epoch, epochs = self.steps_per_epoch, trainer.get("epochs")
-        ends = [int(trainer["steps"])] if trainer.get("steps") else []
-        ends += [max(round(epochs * per_epoch), 1)] if epochs and per_epoch else []
+        per_epoch, epochs, steps = self.steps_per_epoch, trainer.get("epochs"), trainer.get("steps")
+        ends = [int(steps)] if is_number(steps) and steps else []
+        if is_number(epochs) and epochs and per_epoch and is_number(epochs * per_epoch):
+            ends.append(max(round(epochs * per_epoch), 1))
         return min(ends) if ends else None
 
     @property
@@ -118,7 +124,7 @@ def gather(path: Path, *, history: History | None = None, most_bytes: int | None
     new a sample is read.
     """
     run = RunFolder(path, history=history or History())
-    run.config = _part(run, "config.yaml", {}, lambda: read_config(path, "config.yaml"))
+    run.config = _part(run, "config.yaml", {}, lambda: _config(run))
     run.recipe = _part(run, "recipe.json", {}, lambda: _recipe(path / "recipe.json"))
     if (path / "metrics.jsonl").exists():
         _part(run, "metrics.jsonl", None, lambda: run.history.read(path / "metrics.jsonl", most_bytes=most_bytes))
@@ -148,6 +154,18 @@ def check_run_folder(path: Path) -> None:
         )
 
 
+def is_sound(protocol: Mapping[str, Any]) -> bool:
+    """Whether the parts of a protocol that pages read are what evaluations write."""
+    data, checkpoint, weights = (protocol.get(name) for name in ("data", "checkpoint", "weights"))
+    parts = [part for part in (data, checkpoint, weights) if part is not None]
+    if not all(isinstance(part, Mapping) for part in parts):
+        return False
+    numbers = [(part or {}).get("step") for part in (checkpoint, weights)]
+    numbers += [(data or {}).get(name) for name in ("num_train", "num_test")]
+    counted = all(each is None or (isinstance(each, int) and is_number(each)) for each in numbers)
+    return counted and isinstance(protocol.get("notes") or [], list)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a small file; empty where there is none. Raises ValueError where it is something else."""
     if not path.exists():
@@ -164,9 +182,18 @@ def _part(run: RunFolder, name: str, empty: T, read: Callable[[], T]) -> T:
         return read()
     except FileNotFoundError:
         run.problems.append(f"{name} is missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         run.problems.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}")
     return empty
+
+
+def _config(run: RunFolder) -> dict[str, Any]:
+    """The settings, without those groups that are none."""
+    config = read_config(run.path, "config.yaml")
+    for name in GROUPS:
+        if config.get(name) is not None and not isinstance(config[name], Mapping):
+            run.problems.append(f"config.yaml: {name} is {str(config.pop(name))[:60]!r}, and no group of settings")
+    return config
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -193,8 +220,13 @@ def _pictures(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     return found
 
 
+def result_paths(path: Path) -> list[Path]:
+    """The results in a run folder, and of what was fine-tuned from it."""
+    return [*sorted(path.glob("eval/*.json")), *sorted(path.glob("finetune/**/eval/*.json"))]
+
+
 def _results(run: RunFolder) -> list[Evaluated]:
-    paths = [*sorted(run.path.glob("eval/*.json")), *sorted(run.path.glob("finetune/**/eval/*.json"))]
+    paths = result_paths(run.path)
     if len(paths) > MOST_RESULTS:
         run.problems.append(f"of {len(paths)} evaluations the first {MOST_RESULTS} are shown")
     found = []
@@ -203,6 +235,9 @@ def _results(run: RunFolder) -> list[Evaluated]:
             result = read_result(path)
         except ValueError as error:
             run.problems.append(str(error))
+            continue
+        if not is_sound(result["protocol"]):
+            run.problems.append(f"{path} {UNSOUND}")
             continue
         with contextlib.suppress(OSError):
             written = path.stat().st_mtime

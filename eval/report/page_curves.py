@@ -6,6 +6,7 @@ import numpy as np
 from markupsafe import Markup
 
 from eval.pages.charts import Mark, Series, line_chart, x_switch
+from eval.pages.decimate import decimated
 from eval.pages.page import render
 from eval.report.gather import RunFolder
 from eval.report.metric_titles import HEALTH, TRAINING, is_share
@@ -28,7 +29,7 @@ def training(run: RunFolder) -> Markup:
     missing = [title for name, title in TRAINING.items() if name not in history.curves]
     skipped = history.latest.get("skipped_steps")
     said = [
-        f"resumed {len([mark for mark in marks if mark.kind == 'resume'])} times (dashed lines)",
+        _resumed(sum(mark.kind == "resume" for mark in marks)),
         "skipped steps were not counted in this run"
         if skipped is None
         else f"{skipped:,.0f} skipped steps" + (" (crosses)" if skipped else ""),
@@ -61,24 +62,40 @@ def features(run: RunFolder) -> Markup:
     )
 
 
+def _resumed(times: int) -> str:
+    if not times:
+        return "never resumed"
+    return "resumed once (the dashed line)" if times == 1 else f"resumed {times} times (dashed lines)"
+
+
 def _chart(run: RunFolder, name: str, title: str, marks: list[Mark]) -> Markup:
     curve = run.history.curves[name]
     axes = _axes(run)
+    values = curve.values
+    drawn = decimated(curve.steps, values)
     return line_chart(
         f"chart-{_as_id(name)}",
-        [Series(title, curve.values, {key: _on_axis(curve, key) for key in axes})],
+        [Series(title, values[drawn], {key: _on_axis(curve, key)[drawn] for key in axes})],
         x=axes,
         y=title,
         marks=[Mark({key: mark.x[key] for key in axes}, mark.label, mark.kind) for mark in marks],
         percent=is_share(name),
-        note=_thinned(curve),
+        note=_thinned(curve, len(drawn)),
     )
 
 
-def _thinned(curve: Curve) -> str:
-    held = len(curve)
-    gone = f" {curve.num_missing:,} logged values were not finite." if curve.num_missing else ""
-    return (f"{curve.num_points:,} values were logged." if curve.num_points > held else "") + gone
+def _thinned(curve: Curve, drawn: int) -> str:
+    """What is said of a curve that had more points than are drawn, and of those that were no numbers."""
+    told = []
+    if curve.num_points > drawn:
+        told.append(
+            f"Of {curve.num_points:,} values that were read {drawn:,} are drawn: the lowest and the highest of each "
+            "part of the axis."
+        )
+    if curve.num_missing:
+        were = "value was" if curve.num_missing == 1 else "values were"
+        told.append(f"{curve.num_missing:,} logged {were} not finite.")
+    return " ".join(told)
 
 
 def _on_axis(curve: Curve, axis: str) -> np.ndarray:

@@ -29,13 +29,23 @@ def evaluations(run: RunFolder) -> Markup:
     groups: dict[str, list[Evaluated]] = {}
     for result in run.results:
         groups.setdefault(protocol_id(result.protocol), []).append(result)
-    parts = [_group(run, key, results) for key, results in groups.items()]
+    parts = [_guarded(run, key, results) for key, results in groups.items()]
     said = (
         "Each table holds results that were measured alike. Numbers of two tables cannot be compared."
         if len(groups) > 1
         else ""
     )
     return render('<p class="soft">{{ said }}</p>{% for part in parts %}{{ part }}{% endfor %}', said=said, parts=parts)
+
+
+def _guarded(run: RunFolder, key: str, results: list[Evaluated]) -> Markup:
+    """A table; one whose files hold something else than an evaluation writes is told, and costs no other."""
+    try:
+        return _group(run, key, results)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        names = ", ".join(str(each.path.relative_to(run.path)) for each in results)
+        said = f"{type(error).__name__}: {error}"[:300]
+        return render('<p class="problem">{{ names }} cannot be shown ({{ said }}).</p>', names=names, said=said)
 
 
 def _group(run: RunFolder, key: str, results: list[Evaluated]) -> Markup:
@@ -46,7 +56,7 @@ def _group(run: RunFolder, key: str, results: list[Evaluated]) -> Markup:
     rows = [
         {
             "name": str(each.path.relative_to(run.path)),
-            "step": (each.protocol.get("checkpoint") or {}).get("step"),
+            "step": _judged_step(each),
             "date": _date(each),
             "values": [_number(name, each.metrics.get(name)) for name in metrics],
         }
@@ -78,6 +88,12 @@ def _group(run: RunFolder, key: str, results: list[Evaluated]) -> Markup:
             for each in results
         ],
     )
+
+
+def _judged_step(result: Evaluated) -> int | None:
+    """The step of the weights that were judged: of a fine-tuned model its own, not that of the checkpoint before."""
+    fine_tuned = result.protocol.get("command") == "eval.finetune"
+    return (result.protocol.get("weights" if fine_tuned else "checkpoint") or {}).get("step")
 
 
 def _where_it_fails(run: RunFolder, result: Evaluated) -> Iterator[Markup]:

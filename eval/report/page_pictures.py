@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,34 @@ KINDS = {
 }
 
 
-def pictures(run: RunFolder, *, made: Mapping[str, Look], notes: Sequence[str] = (), during: bool = False) -> Markup:
-    """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind; `notes`
-    says which could not be. `during` is true of a page that the run itself makes.
+BEGIN, END = '<div data-look="{{ name }}" data-step="{{ step }}">', "</div><!-- of a look -->"
+"""Around a part that was made for the page, so that it is found again: no text has END in it, as texts are escaped."""
+MADE = re.compile(r'(<div data-look="(\w+)" data-step="(\d+)">.*?' + re.escape(END) + ")", re.DOTALL)
+
+
+def pictures(
+    run: RunFolder,
+    *,
+    made: Mapping[str, Look],
+    left_out: Mapping[str, str],
+    kept: Mapping[str, Markup],
+    during: bool = False,
+) -> Markup:
+    """A part for each kind. `made` are pictures of the last checkpoint that were made for this page, by kind;
+    `left_out` says why others were not, and `kept` are such parts of an earlier page. `during` is true of a page that
+    the run itself makes.
     """
-    names = [*KINDS, *sorted({*run.pictures, *made} - KINDS.keys())]
-    said = render('{% for note in notes %}<p class="warning">{{ note }}</p>{% endfor %}', notes=notes)
-    return said + Markup("").join(_kind(run, name, made.get(name), during) for name in names)
+    names = [*KINDS, *sorted({*run.pictures, *made, *left_out, *kept} - KINDS.keys())]
+    parts = [kept.get(name) or _kind(run, name, made.get(name), left_out.get(name), during) for name in names]
+    return Markup("").join(parts)
 
 
-def _kind(run: RunFolder, name: str, made: Look | None, during: bool) -> Markup:
+def kept_parts(page: str, step: int) -> dict[str, Markup]:
+    """The parts of an earlier page of the run, by kind, whose pictures were made for it of the checkpoint of `step`."""
+    return {name: Markup(part) for part, name, of in MADE.findall(page) if int(of) == step}
+
+
+def _kind(run: RunFolder, name: str, made: Look | None, left_out: str | None, during: bool) -> Markup:
     title, words = KINDS.get(name, (name, ""))
     taken = run.pictures.get(name, [])
     shown: list[tuple[str, Path | np.ndarray]] = []
@@ -54,13 +73,14 @@ def _kind(run: RunFolder, name: str, made: Look | None, during: bool) -> Markup:
             (f"Step {step:,}, the last checkpoint{': ' + each.replace('_', ' ') if each else ''}", picture)
             for each, picture in made.pictures.items()
         ]
-    if not shown and not _applies(run, name):
+    if not shown and not _applies(run, name) and left_out is None:
         return Markup("")
     figures = [_figure(f"{title}, {caption.lower()}. {words}", caption, picture) for caption, picture in shown]
-    return render(
+    part = render(
         '<h3 id="picture-{{ id }}">{{ title }}</h3><p class="soft">{{ words }}</p>'
+        '{% if left_out %}<p class="warning">Left out: {{ left_out }}</p>{% endif %}'
         '{% if figures %}<div class="pair">{% for figure in figures %}{{ figure }}{% endfor %}</div>'
-        "{% else %}<p>{{ why }}</p>{% endif %}"
+        "{% elif not left_out %}<p>{{ why }}</p>{% endif %}"
         "{% if lines %}<ul>{% for line in lines %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}",
         lines=_lines(run, name, made),
         id=name,
@@ -68,7 +88,11 @@ def _kind(run: RunFolder, name: str, made: Look | None, during: bool) -> Markup:
         words=words,
         figures=figures,
         why=_why_missing(run, name, during),
+        left_out=left_out,
     )
+    if made is None or run.saved is None:
+        return part
+    return render(BEGIN, name=name, step=run.saved.step) + part + Markup(END)
 
 
 def _lines(run: RunFolder, name: str, made: Look | None) -> list[str]:
@@ -100,11 +124,9 @@ def _applies(run: RunFolder, name: str) -> bool:
 
 def _why_missing(run: RunFolder, name: str, during: bool) -> str:
     path = shlex.quote(str(run.path))
-    if name in ("neighbours", "map"):
+    if name in ("neighbours", "map", "pretext"):
         why = "There was no time for it within report.max_share. " if during else "It was not asked for. "
         return f"{why}python -m eval.report {path} makes it from the last checkpoint."
-    if name == "pretext":
-        return f"python -m eval.look ckpt={path} what=pretext makes it."
     if not (run.config.get("trainer") or {}).get("pictures", True):
         return "The run was told to make no pictures (trainer.pictures=false)."
     return "None has been made yet: the run makes them at its checkpoints."

@@ -21,6 +21,8 @@ def recipe(run: RunFolder) -> Markup:
     return render(
         """{% if command %}<p>This command makes the run again{{ where }}:</p>
 <pre id="command">{{ command }}</pre><button type="button" data-copy="command">Copy the command</button>
+{% if num_commands > 1 %}<p>The starts of this run were typed in {{ num_commands }} ways, of which this is the last; the
+table of starts below has them all.</p>{% endif %}
 {% else %}<p>What was typed is not known: {{ why }}. The settings below are complete.</p>{% endif %}
 <h3>Batch and learning rate</h3><ul>{% for line in arithmetic %}<li>{{ line }}</li>{% else %}
 <li>Not known: config.yaml is missing or has no trainer and optim.</li>{% endfor %}</ul>
@@ -40,6 +42,7 @@ def recipe(run: RunFolder) -> Markup:
 {% for key, value in settings.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}
 </tbody></table></div></details>""",
         command=_command(run),
+        num_commands=len({tuple(words) for words in _typed(run)}),
         where=", from the project's folder at the commit below" if run.starts else "",
         why="the run was started from Python" if run.starts else "the run is older than starts.jsonl, which keeps it",
         arithmetic=_arithmetic(run),
@@ -51,9 +54,13 @@ def recipe(run: RunFolder) -> Markup:
 
 
 def _command(run: RunFolder) -> str | None:
-    """The words of the first start that were typed."""
-    typed = next((start.command for start in run.starts if start.command), None)
-    return shlex.join(typed) if typed else None
+    """The words of the last start that were typed: a run that was continued has the settings of its last start."""
+    typed = _typed(run)
+    return shlex.join(typed[-1]) if typed else None
+
+
+def _typed(run: RunFolder) -> list[list[str]]:
+    return [start.command for start in run.starts if start.command]
 
 
 def _arithmetic(run: RunFolder) -> list[str]:

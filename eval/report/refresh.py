@@ -10,8 +10,9 @@ from typing import Any
 
 from eval.pages.page import write_page
 from eval.report.budget import Budget
-from eval.report.gather import RUNNING, gather
+from eval.report.gather import RUNNING, gather, result_paths
 from eval.report.metrics import History
+from eval.report.page_pictures import kept_parts
 from eval.report.run_page import Spent, run_page
 from ssl.data.sources import Source
 from ssl.online import OnlineSubject
@@ -96,10 +97,23 @@ class RunReport:
         return self._budget
 
 
-def renew(out: Path) -> None:
-    """Make the page of a run again that has one, as something was added after its end; a failure is a warning."""
-    try:
-        if (out / NAME).exists():
-            write_page(out / NAME, run_page(gather(out, most_bytes=READ_BYTES)))
-    except Exception as error:
-        log.warning("%s could not be made again (%s: %s)", out / NAME, type(error).__name__, error)
+def renew(result: Path) -> None:
+    """Make the page of the run again in which a result was written, and of the run from which that was fine-tuned.
+
+    Only pages that are there, and of runs that are at an end, are made again; a failure is a warning.
+    """
+    for out in result.absolute().parents:
+        if (out / NAME).exists() and result.absolute() in result_paths(out.absolute()):
+            try:
+                _renew(out)
+            except Exception as error:
+                log.warning("%s could not be made again (%s: %s)", out / NAME, type(error).__name__, error)
+
+
+def _renew(out: Path) -> None:
+    """With the pictures of features that eval.report made for the page, where they are of the newest checkpoint."""
+    run = gather(out, most_bytes=READ_BYTES)
+    if run.is_locked:
+        return
+    before = (out / NAME).read_text(encoding="utf-8")
+    write_page(out / NAME, run_page(run, kept=kept_parts(before, run.saved.step) if run.saved else {}))

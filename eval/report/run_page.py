@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -50,11 +50,12 @@ def run_page(
     moment: Moment | None = None,
     spent: Spent | None = None,
     made: Mapping[str, Look] | None = None,
-    notes: Sequence[str] = (),
+    left_out: Mapping[str, str] | None = None,
+    kept: Mapping[str, Markup] | None = None,
 ) -> str:
     """The page as HTML. `moment` is where the run is, as it knows itself better than its folder does; `spent` is told
-    at the foot of a page that was made while it ran. `made` are looks at the last checkpoint by name, and
-    `notes` says which could not be made.
+    at the foot of a page that was made while it ran. `made` are looks at the last checkpoint by name, and `left_out`
+    says of others why they were not made. `kept` are those of an earlier page that is made again, and no new ones.
     """
     state = moment.state if moment else run.state
     sections = [
@@ -65,13 +66,13 @@ def run_page(
         _section(
             "pictures",
             "What it sees and knows",
-            lambda: pictures(run, made=made or {}, notes=notes, during=spent is not None),
+            lambda: pictures(run, made=made or {}, left_out=left_out or {}, kept=kept or {}, during=spent is not None),
         ),
         _section("evaluations", "Evaluations", lambda: evaluations(run)),
         _section("data", "Data and unreadable images", lambda: data(run)),
         _section("environment", "Environment and starts", lambda: environment(run)),
         _section("incidents", "Failed steps and hangs", lambda: incidents(run)),
-        _section("about", "About this page", lambda: _about(run, spent)),
+        _section("about", "About this page", lambda: _about(run, spent, is_renewed=kept is not None)),
     ]
     lead = _guarded(lambda: _lead(run, state, moment))
     return page(_title(run), sections, lead=lead)
@@ -99,6 +100,7 @@ def _lead(run: RunFolder, state: str, moment: Moment | None) -> Markup:
     total = moment.stop_step if moment else run.stop_step
     last, latest = run.history.last, run.history.latest
     seconds = moment.train_seconds if moment else run.train_seconds
+    counted = moment.step if moment else run.saved.step if run.saved else 0  # the step up to which those are
     tiles = [("step", f"{step:,}" + (f" of {total:,}" if total else ""))]
     if isinstance(last.get("epoch"), int | float):
         tiles.append(("epoch", f"{last['epoch']:.4g}"))
@@ -110,9 +112,9 @@ def _lead(run: RunFolder, state: str, moment: Moment | None) -> Markup:
     if "images_per_second" in latest:
         tiles.append(("images/s", f"{latest['images_per_second']:,.0f}"))
     if seconds:
-        tiles.append(("training time", duration(seconds)))
-        if state == RUNNING and total and run.step and total > step:
-            tiles.append(("left, at this pace", duration(seconds / step * (total - step))))
+        tiles.append(("training time" + (f" up to step {counted:,}" if counted < step else ""), duration(seconds)))
+        if state == RUNNING and counted and total and total > step:
+            tiles.append(("left, at this pace", duration(seconds / counted * (total - step))))
     message = moment.message if moment else run.message
     return render(
         '<p><span class="state state-{{ state }}">{{ words }}</span> {{ what }}</p>\n'
@@ -155,11 +157,13 @@ def _warnings(run: RunFolder, state: str) -> Markup:
     )
 
 
-def _about(run: RunFolder, spent: Spent | None) -> Markup:
+def _about(run: RunFolder, spent: Spent | None, *, is_renewed: bool) -> Markup:
     again = f"python -m eval.report {shlex.quote(str(run.path))}"
     lines = []
-    if spent is None:
-        lines.append("This page was made on demand, from the run folder alone, with all that it can hold.")
+    if is_renewed:
+        lines.append("It was made again from the run folder when a result was added, with the pictures that it had.")
+    elif spent is None:
+        lines.append("It was made by python -m eval.report, from the run folder.")
     else:
         budget = spent.budget
         share = budget.seconds / spent.train_seconds if spent.train_seconds else 0.0
