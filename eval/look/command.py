@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.command import same_subject
 from eval.config import register
+from eval.look.asked import USAGE, wanted
 from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
 from eval.look.settings import LookConfig
@@ -26,15 +27,6 @@ from ssl.command import run_command
 from ssl.config import check, plain
 from ssl.sweep import Outcome
 from ssl.trainer import dtype_name
-
-USAGE = """eval.look needs ckpt= and what=:
-  python -m eval.look ckpt=runs/<run> what=neighbours
-  python -m eval.look ckpt=runs/<run> what=[views,map,clusters] num_images=12
-  python -m eval.look ckpt=runs/<run> what=occlusion images=photo.jpg
-  python -m eval.look ckpt=random model=resnet18 what=filters      an untrained backbone
-  python -m eval.look ckpt=runs/<run> what=all                     all that apply
-what= is one of these, or a list:
-"""
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -79,18 +71,6 @@ def _make(name: str, config: DictConfig, scene: Scene, folder: Path) -> dict[str
     paths = write_look(look, folder, name, about=_about(config, scene, name, seconds))
     _say(name, look, paths, seconds)
     return {f"{name}.{key}": value for key, value in look.metrics.items()}
-
-
-def wanted(what: Any) -> list[str]:
-    """The names that `what=` gives, each once. Raises ValueError with the list of them for one that is none."""
-    given = plain(what)
-    if given == "all":
-        return list(LOOKS)
-    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
-    unknown = [name for name in names if name not in LOOKS]
-    if unknown or not names:
-        raise ValueError(f"what={given} is no look; it is all, or one or several of\n{listing()}")
-    return names
 
 
 def check_unused(config: DictConfig, names: Iterable[str]) -> None:
