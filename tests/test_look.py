@@ -18,7 +18,7 @@ from eval import finetune
 from eval.config import register
 from eval.finetune import FinetuneConfig
 from eval.head_file import save_head
-from eval.look import command, estimate, filters
+from eval.look import command, estimate, feature_map, filters, neighbours, pca_tokens
 from eval.look.drawing import captioned, colour, overlay
 from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
@@ -257,6 +257,18 @@ def test_what_a_fine_tuned_run_started_from_is_the_backbone_that_it_tuned(simclr
     assert scene.untrained_title == "before fine-tuning"
     assert same_weights(scene.untrained(), make_scene(simclr).backbone)
     assert "fine-tuning turned them by 0.00" in " ".join(filters.look(scene).lines)
+
+
+def test_looks_call_the_weights_before_fine_tuning_by_that_name(tuned, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pca_tokens, "captioned", lambda *_, captions, **__: shown.extend(captions) or TILE)
+    monkeypatch.setattr(neighbours, "captioned", lambda *_, row_titles, **__: shown.append(row_titles) or TILE)
+    scene = make_scene(tuned, "[neighbours,map,pca_tokens]", "map.projections=[pca]", "pca_tokens.layer=0")
+    lines = [*neighbours.look(scene).lines, *feature_map.look(scene).lines]
+    pca_tokens.look(scene)
+    assert sum("before fine-tuning" in line for line in lines) == 2
+    assert sum("before fine-tuning" in texts for texts in shown) == 1 + 4  # rows of neighbours, images of tokens
+    assert not any("untrained" in line for line in lines)
 
 
 @pytest.mark.parametrize("words", [[*TINY_RESNET, "recipe=simclr", "model.init=kaiming_normal"], [*TINY_VIT]])

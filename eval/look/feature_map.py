@@ -62,7 +62,10 @@ def look(scene: Scene) -> Look:
         }
     groups = grouped(sample.labels, scene.source(scene.split).classes)
     subject = f"{len(sample):,} images of {scene.split}"
-    pictures = {name: _picture(subject, name, each, groups) for name, each in found.items()}
+    pictures = {
+        name: _picture(subject, name, {scene.called(which): each for which, each in maps.items()}, groups)
+        for name, maps in found.items()
+    }
     page = _page(scene, sample, found, groups, subject)
     metrics = {
         f"{name}_trustworthiness_{which}": projected.facts["trustworthiness"]
@@ -73,7 +76,11 @@ def look(scene: Scene) -> Look:
     data = {"split": scene.split, "images": len(sample), "projections": facts, "colours": groups.names}
     arrays = {f"{name}_{which}": projected.place for name, each in found.items() for which, projected in each.items()}
     arrays |= {"index": sample.index, "labels": sample.labels}
-    lines = [f"{TITLES[name]} {which}: {each.summary}" for name, maps in found.items() for which, each in maps.items()]
+    lines = [
+        f"{TITLES[name]} {scene.called(which)}: {each.summary}"
+        for name, maps in found.items()
+        for which, each in maps.items()
+    ]
     lines += [f"{TITLES[name]}: {CAUTION[name]}" for name in found]
     lines.append(f"map.html shows each image where it lies; one file of {len(page.encode()) / 1e6:.1f} MB, offline")
     if not one_class(sample.labels):
@@ -151,7 +158,7 @@ def _page(
         subject = f"{len(chosen):,} of {subject}"
     classes = scene.source(scene.split).classes
     panels = [
-        Panel(TITLES[name], which, projected.place[chosen], projected.summary, CAUTION[name])
+        Panel(TITLES[name], scene.called(which), projected.place[chosen], projected.summary, CAUTION[name])
         for name, each in found.items()
         for which, projected in each.items()
     ]

@@ -152,7 +152,7 @@ def _picture(
                 for row, s, closeness in zip(near, same, neighbours.similarity[query])
             ]
             captions.append([(f"asked: {own}" if own else "asked") if place == 0 else None, *told])
-            titles.append(name)
+            titles.append(scene.called(name))
     title = f"Nearest images of train (a sample of {len(bank):,}) by cosine similarity"
     marked = any(same is not None for query in range(len(shown)) for same in _same(labels[query], bank.labels[:1]))
     note = "\nBlue frame and =: the class of the image asked; orange frame and \u00d7: another class" if marked else ""
@@ -216,7 +216,7 @@ def _lines(scene: Scene, num_bank: int, count: int, metrics: dict[str, float]) -
     if not metrics:
         return [f"nearest images of train ({num_bank:,}); without labels their classes cannot be compared"]
     lines = [
-        f"{metrics[f'same_class_{name}']:.1%} have the class of the image asked, {among} ({name})"
+        f"{metrics[f'same_class_{name}']:.1%} have the class of the image asked, {among} ({scene.called(name)})"
         for name in ("trained", "untrained")
         if f"same_class_{name}" in metrics
     ]

@@ -61,7 +61,7 @@ def look(scene: Scene) -> Look:
     if scene.loaded is not None:
         before = token_map(scene.untrained(), shown.image, settings.layer).cpu()
         before = before - before.mean(0) if settings.without_place else before
-        columns_shown.append(("before training", token_colours(before, foreground=settings.foreground)[0]))
+        columns_shown.append((scene.untrained_title, token_colours(before, foreground=settings.foreground)[0]))
     explained = [round(float(each), 4) for each in found.explained]
     shares = ", ".join(f"{each:.0%}" for each in explained)
     return Look(

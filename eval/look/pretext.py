@@ -87,6 +87,8 @@ def look(scene: Scene) -> Look:
     for name, each in found.items():
         metrics |= shortcut_metrics(each, "" if name == "trained" or len(found) == 1 else "_untrained")
     lines += shortcut_lines(found, relative=relative)
+    if scene.called("untrained") != "untrained":
+        lines.append(f"called untrained here: {scene.untrained_title}")
     return Look(pictures=pictures, data=data, metrics=metrics, lines=lines)
 
 
@@ -113,8 +115,11 @@ def check_settings(scene: Scene, *, relative: bool) -> None:
     for key in given:
         if settings[key] < 1:
             raise ValueError(f"pretext.{key} must be at least 1, got {settings[key]}")
-    if not relative and (settings["patch_size"] or 1) > min(scene.image_size):
-        raise ValueError(f"pretext.patch_size={settings['patch_size']} is larger than images of {scene.image_size}")
+    if not relative and (settings["patch_size"] or 1) >= min(scene.image_size):
+        raise ValueError(
+            f"pretext.patch_size={settings['patch_size']} leaves patches of images of {scene.image_size} one place; "
+            f"give less than {min(scene.image_size)}"
+        )
 
 
 # ---- relative location --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from eval.look.estimate import Estimate
 from eval.look.result import DoesNotApply
 from eval.look.samples import SampleFeatures, Shown, sample_index
 from eval.look.settings import LookConfig
-from eval.look.start_weights import RANDOM, start_weights
+from eval.look.start_weights import BEFORE_TRAINING, RANDOM, start_weights
 from eval.splits import data_settings
 from eval.subject import choose_device
 from eval.untrained import untrained_title
@@ -84,6 +84,11 @@ class Scene:
     def untrained_title(self) -> str:
         """What the weights of `untrained` are: `before training`, `before fine-tuning`, or `random weights`."""
         return self._untrained[1]
+
+    def called(self, which: str) -> str:
+        """What `trained` and `untrained` are called where a person reads it: the latter by what it was before."""
+        known = self.loaded is None or self.untrained_title == BEFORE_TRAINING
+        return which if which != "untrained" or known else self.untrained_title
 
     @property
     def compared_with(self) -> str | None:
