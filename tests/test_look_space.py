@@ -198,6 +198,15 @@ def test_a_swapped_label_stands_at_the_top_of_the_vote():
     assert (np.delete(votes.margin, 40) < 0).all()
 
 
+def test_the_two_nearest_outvote_three_that_are_further_as_their_ranks_logarithms_say():
+    angles = np.radians([0, 1, 2, 4, 8, 16])  # neighbours of the first, the nearest first
+    rows = torch.from_numpy(np.c_[np.cos(angles), np.sin(angles)]).float()
+    votes = label_votes(rows, np.array([0, 0, 0, 1, 1, 1]), 5)
+    weight = 1 / np.log2([2, 3, 4, 5, 6])
+    assert votes.margin[0] == pytest.approx((weight[2:].sum() - weight[:2].sum()) / weight.sum())
+    assert votes.margin[0] < 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_picture_in_the_wrong_folder_is_the_first_suspect(method, runs, photos):
     words = ["data=folder", f"data.root={photos}", "clusters.neighbours=8"]
@@ -301,10 +310,13 @@ def test_principal_components_are_those_of_the_singular_values():
 
 
 @pytest.mark.parametrize("name", ["tsne", "umap"])
-def test_groups_that_lie_apart_do_so_in_the_map_and_a_seed_makes_one_map(name):
-    if name == "umap":
-        pytest.importorskip("umap")
+def test_groups_that_lie_apart_do_so_in_the_map_and_a_seed_makes_one_map(name, monkeypatch):
     features, group = blobs(60)
+    if name == "umap":
+        monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling takes ten times as long as a map of so few
+        monkeypatch.setattr(pytest.importorskip("numba").config, "DISABLE_JIT", True)
+        pytest.importorskip("umap")
+        features, group = blobs(30, groups=2)
     found = project(features, name, seed=1, neighbours=8)
     near = NearestNeighbors(n_neighbors=2).fit(found.place).kneighbors(found.place, return_distance=False)[:, 1]
     assert (group[near] == group).mean() > 0.95
