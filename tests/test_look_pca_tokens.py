@@ -162,6 +162,14 @@ def test_the_written_colours_are_those_of_all_shown_images_together(method, tmp_
     assert (tmp_path / "out" / "pca_tokens.png").exists()
 
 
+def test_where_the_last_map_is_one_token_the_last_stage_of_four_by_four_is_shown_and_said():
+    scene = make_scene("random", "pca_tokens", *TINY_RESNET, *EMBEDDED, "model.stem=standard")
+    assert token_map(scene.backbone, scene.shown().image).shape[-2:] == (1, 1)
+    found = pca_tokens.look(scene)
+    assert (found.data["layer"], found.data["grid_size"]) == (2, (4, 4))
+    assert "pca_tokens.layer=-1" in found.lines[-1]
+
+
 def test_without_places_the_tokens_of_each_place_have_mean_zero(monkeypatch):
     seen: list[Tensor] = []
     original = pca_tokens.token_colours
@@ -179,7 +187,11 @@ def test_without_places_the_tokens_of_each_place_have_mean_zero(monkeypatch):
         ([*TINY_RESNET, "pca_tokens.layer=5"], ValueError, r"has 5 stages, 0\.\.4"),
         ([*TINY_VIT, "pca_tokens.foreground=left"], ValueError, "must be positive, negative or null"),
         ([*TINY_VIT, "pca_tokens.without_place=true", "num_images=1"], ValueError, "needs two images"),
-        ([*TINY_RESNET, "model.stem=standard"], DoesNotApply, r"map of 1 x 1; give an earlier pca_tokens\.layer"),
+        (
+            [*TINY_RESNET, "model.stem=standard", "pca_tokens.layer=-1"],
+            DoesNotApply,
+            r"map of 1 x 1; give an earlier pca_tokens\.layer",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_in_words(words, error, message):

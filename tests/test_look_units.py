@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from eval.look import activations, command, filters
@@ -160,9 +161,15 @@ def test_the_gradient_of_a_unit_lies_within_its_box(family):
     assert sum(reached) > len(reached) / 2  # a ReLU may stop some
 
 
-@pytest.mark.parametrize("layer", ["conv1", "maxpool", "layer1", "layer2.0.conv1", "layer3"])
-def test_the_gradient_of_a_unit_fills_its_box_to_the_edges(layer):
-    name, args, _, _ = FAMILIES["ResNet"]
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        *[("resnet18", layer) for layer in ("conv1", "maxpool", "layer1", "layer2.0.conv1", "layer3")],
+        *[("resnetblur18", layer) for layer in ("maxpool", "layer2")],  # which pads by reflection
+    ],
+)
+def test_the_gradient_of_a_unit_fills_its_box_to_the_edges(name, layer):
+    args = FAMILIES["ResNet"][1]
     torch.manual_seed(0)
     side = 160
     model, _ = build_backbone(name, image_size=(side, side), model_args=args, stem="standard")
@@ -197,6 +204,13 @@ def test_a_field_begins_where_padding_of_one_side_and_branches_put_it():
     assert rows["wide.1"] == Field((3, 1), (2, 2), (-1, 0))
     # Together they see rows -2 to 1 and columns 0 to 1; the pool one value before that and itself.
     assert rows["pool"] == Field((4 + 2, 2 + 2), (2, 2), (-4, -2))
+
+
+def test_padding_with_the_images_own_edge_moves_a_field_as_that_with_zeros_does():
+    for pad in (nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d):
+        network = nn.Sequential(nn.Conv2d(3, 2, 2, stride=2), pad((1, 2, 3, 0)), nn.Conv2d(2, 2, 3))
+        rows = {row.name: row.field for row in layer_table(network, image_size=(16, 16), logits=True)}
+        assert rows["2"] == Field((6, 6), (2, 2), (-6, -2))
 
 
 def test_a_patch_of_a_transformer_is_its_place_behind_attention_and_its_field_before():
@@ -317,6 +331,32 @@ def trained(request, tmp_path_factory) -> Path:
     return pretrained(tmp_path_factory.mktemp(request.param) / "run", request.param, *words)
 
 
+def folder_of(root: Path, num_good: int) -> list[str]:
+    """The words for a folder of four files, of which the first can be decoded."""
+    for number in range(4):
+        pixels = np.full((32, 32, 3), 60 * number, np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+        if number >= num_good:
+            (root / f"{number}.png").write_bytes(b"broken")
+    return [*TINY_RESNET, "data=folder", f"data.root={root}", "split=train"]
+
+
+def test_images_that_cannot_be_decoded_are_noted_and_not_counted(tmp_path):
+    scene = make_scene("random", "activations", *folder_of(tmp_path, 3))
+    found = activations.look(scene)
+    assert found.data["num_sampled"] == 3
+    assert any("over 3 images" in line for line in found.lines)
+    assert any("3.png" in note for note in scene.notes)
+    assert {Path(each["name"]).name for unit in found.data["units"] for each in unit["patches"]} <= {
+        f"{number}.png" for number in range(3)
+    }
+
+
+def test_a_folder_of_broken_images_excites_nothing_and_that_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"none of the 4 images of .* can be decoded"):
+        activations.look(make_scene("random", "activations", *folder_of(tmp_path, 0)))
+
+
 def test_both_looks_work_on_the_checkpoints_of_every_method(trained, tmp_path):
     result = command.run(look_config(trained, "[filters,activations]", f"out={tmp_path}"))
     found = json.loads((tmp_path / "activations.json").read_text())
@@ -336,6 +376,15 @@ def test_both_looks_work_on_the_checkpoints_of_every_method(trained, tmp_path):
     for name in ("filters", "activations", "activations_images"):
         assert (tmp_path / f"{name}.png").exists()
     assert (tmp_path / "filters_components.png").exists() == layer.is_embedding
+
+
+def test_units_of_a_last_map_of_one_place_give_way_to_the_last_of_four_by_four_and_that_is_said():
+    words = [*TINY_RESNET, *EMBEDDED, "model.stem=standard"]
+    found = activations.look(make_scene("random", "activations", *words))
+    assert (found.data["layer"], found.data["grid_size"]) == ("layer2", (4, 4))
+    assert "activations.layer=layer4 shows that one" in found.lines[-1]
+    asked = activations.look(make_scene("random", "activations", *words, "activations.layer=layer4"))
+    assert asked.data["grid_size"] == (1, 1)
 
 
 def test_the_value_of_a_unit_is_found_again_on_the_image_that_is_named(tmp_path):

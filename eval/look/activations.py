@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eval.images import read_views
 from eval.look.drawing import boxed, captioned
+from eval.look.estimate import Estimate
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import Look
 from eval.look.samples import sample_index
@@ -59,18 +60,17 @@ class Excited:
 def look(scene: Scene) -> Look:
     """The patches of a sample of images on which chosen units of a layer are greatest."""
     settings = scene.config.activations
-    places = choose_layer(
-        find_places(scene.backbone, image_size=scene.image_size, in_chans=scene.channels),
-        settings.layer,
-        model=scene.backbone,
-        key="activations.layer",
-    )
+    every = find_places(scene.backbone, image_size=scene.image_size, in_chans=scene.channels)
+    key = "activations.layer"
+    places = choose_layer(every, settings.layer, model=scene.backbone, key=key, large=True)
+    last = choose_layer(every, None, model=scene.backbone, key=key)
     _check_settings(settings, places)
     source = scene.source(scene.split)
     index = sample_index(source, scene.config.sample, scene.seed)
-    excited = most_exciting(
-        scene.backbone, places, _batches(scene, Subset(source, index)), num_images=settings.num_patches
-    )
+    failed: dict[int, str] = {}
+    batches = _batches(scene, Subset(source, index), failed)
+    excited = most_exciting(scene.backbone, places, batches, num_images=settings.num_patches)
+    num_seen = len(index) - len(failed)
     units = choose_units(excited, units=settings.units, choose=settings.choose, num=settings.num_units, seed=scene.seed)
     chosen = np.unique(excited.image[units].numpy())  # into the sample
     pixels = dict(zip(chosen.tolist(), _pixels(scene, source, index[chosen])))
@@ -84,13 +84,13 @@ def look(scene: Scene) -> Look:
                 [[patch for patch, _ in row] for row in rows],
                 captions=_captions(per_unit, source),
                 row_titles=[_row_title(each) for each in per_unit],
-                title=_title(places, scene, len(index), _cut_how(places)),
+                title=_title(places, scene, num_seen, _cut_how(places)),
             ),
             "images": captioned(
                 [[whole for _, whole in row] for row in rows],
                 captions=_captions(per_unit, source),
                 row_titles=[_row_title(each) for each in per_unit],
-                title=_title(places, scene, len(index), "the place marked"),
+                title=_title(places, scene, num_seen, "the place marked"),
             ),
         },
         data={
@@ -101,7 +101,7 @@ def look(scene: Scene) -> Look:
             "field": None
             if places.field is None
             else {"size": places.field.size, "jump": places.field.jump, "start": places.field.start},
-            "num_sampled": len(index),
+            "num_sampled": num_seen,
             "split": scene.split,
             "dead_units": excited.dead.nonzero()[:, 0].tolist(),
             "never_positive_units": excited.never_positive.nonzero()[:, 0].tolist(),
@@ -119,9 +119,10 @@ def look(scene: Scene) -> Look:
         metrics={"dead_units": num_dead, "never_positive_units": num_low, "num_units": places.num_units},
         lines=[
             f"{places.layer} ({places.kind}): {num_dead} of {places.num_units} units are dead, one value everywhere; "
-            f"{num_low} are nowhere above 0, over {len(index):,} images",
+            f"{num_low} are nowhere above 0, over {num_seen:,} images",
             f"shown: units {', '.join(map(str, units))}, {_why(settings)}",
             _field_in_words(places, scene.image_size),
+            *([_why_not(last, places)] if settings.layer is None and last != places else []),
         ],
     )
 
@@ -202,8 +203,12 @@ def _along(start: int, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, (rows >= max(start, 0)) & (rows < min(start + size, side))
 
 
-def _batches(scene: Scene, source: Source) -> Iterable[tuple[Tensor, Tensor]]:
-    """Numbers within `source` and normalised images; what cannot be decoded is left out."""
+def _batches(scene: Scene, source: Source, failed: dict[int, str]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Numbers within `source` and normalised images; what cannot be decoded is left out, noted and told in `failed`.
+
+    Raises ValueError where that is all.
+    """
+    estimate = Estimate(f"activations of {len(source):,} images", len(source))
     for views in read_views(
         source,
         size=scene.image_size,
@@ -211,8 +216,13 @@ def _batches(scene: Scene, source: Source) -> Iterable[tuple[Tensor, Tensor]]:
         batch_size=scene.config.batch_size,
         threads=scene.config.threads,
     ):
+        failed |= views.failed
         if len(views.index):
             yield torch.from_numpy(views.index), scene.normalised(views)
+            estimate.at(int(views.index[-1]) + 1)
+    scene.note_bad(failed)
+    if len(failed) == len(source):
+        raise ValueError(f"none of the {len(failed)} images of {source.name} can be decoded")
 
 
 def _pixels(scene: Scene, source: Source, index: np.ndarray) -> np.ndarray:
@@ -312,6 +322,15 @@ def _field_in_words(places: Places, image_size: tuple[int, int]) -> str:
     height, width = places.field.size
     beyond = ", more than the image" if height > image_size[0] and width > image_size[1] else ""
     return f"each of its {rows} x {columns} places sees {height} x {width} pixels{beyond}, padding among them"
+
+
+def _why_not(last: Places, places: Places) -> str:
+    """Why a layer is shown that is not the last one."""
+    (rows, columns), (last_rows, last_columns) = places.grid_size, last.grid_size
+    return (
+        f"{places.layer} with {rows} x {columns} places is shown, as the last layer, {last.layer}, has only "
+        f"{last_rows} x {last_columns} on images of this size; activations.layer={last.layer} shows that one"
+    )
 
 
 def _check_settings(settings: Any, places: Places) -> None:

@@ -55,6 +55,10 @@ class Aligned:
     """(P,) first row of the window in it, and so its first column."""
     left: Tensor
 
+    def chosen(self, which: Tensor) -> Aligned:
+        """The pairs at the places `which` (p,)."""
+        return Aligned(*(getattr(self, name)[which] for name in Aligned.__dataclass_fields__))
+
 
 def luma(pixels: Tensor) -> Tensor:
     """Pictures (B, C, h, w) as their brightness (B, h, w): ITU-R 601 of three channels, the mean of another number."""

@@ -99,10 +99,10 @@ def parts(num: int, size: int) -> list[range]:
 
 
 def compare(
-    pictures: SmallPictures, first: np.ndarray, second: np.ndarray, *, flip: bool
+    pictures: SmallPictures, first: np.ndarray, second: np.ndarray, *, flip: bool, least: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For pairs of places in `pictures` (P,): correlation of structure, agreement of colours, whether mirrored,
-    whether all pixels are equal.
+    whether all pixels are equal. Colours of pairs that correlate less than `least` are left at 0.
     """
     correlation, colours = np.zeros(len(first), np.float32), np.zeros(len(first), np.float32)
     mirrored = np.zeros(len(first), bool)
@@ -111,7 +111,8 @@ def compare(
         one, two = (pictures.pixels[places[part]].float() / 255 for places in (first, second))  # (B, C, 32, 32)
         found = align(structure(luma(one)), structure(luma(two)), flip=flip)
         correlation[part], mirrored[part] = found.correlation.numpy(), found.mirrored.numpy()
-        colours[part] = colour_agreement(one, two, found).numpy()
+        alike = (found.correlation >= least).nonzero()[:, 0]  # (p,)
+        colours[each.start + alike.numpy()] = colour_agreement(one[alike], two[alike], found.chosen(alike)).numpy()
     digest = pictures.digest
     exact = np.array([digest[a] is not None and digest[a] == digest[b] for a, b in zip(first, second)], bool)
     return correlation, colours, mirrored, exact
@@ -133,6 +134,6 @@ def confirmed(scene: Scene, pool: Pool, first: np.ndarray, second: np.ndarray, s
     pixels = torch.cat([each.pixels for each in of_splits])  # (n, C, 32, 32)
     pictures = SmallPictures(pixels, [digest for each in of_splits for digest in each.digest])
     one, two = np.searchsorted(used, first), np.searchsorted(used, second)
-    correlation, colours, mirrored, exact = compare(pictures, one, two, flip=settings.flip)
+    correlation, colours, mirrored, exact = compare(pictures, one, two, flip=settings.flip, least=settings.correlation)
     every = Pairs(first, second, similarity, correlation, colours, mirrored & ~exact, exact)
     return every.chosen(exact | ((correlation >= settings.correlation) & (colours >= COLOURS)))

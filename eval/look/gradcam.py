@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eval.look.attribution import heat_look, rows_of, start
-from eval.look.layer_places import Places, choose_layer, find_places
+from eval.look.attribution import heat_look, in_batches, rows_of, start
+from eval.look.layer_places import Places, choose_layer, find_places, large_enough
 from eval.look.layer_values import hooked, main_maps
 from eval.look.result import DoesNotApply, Look
 from eval.look.target import Score, make_target
 
 if TYPE_CHECKING:
     from eval.look.scene import Scene
-
-LEAST_SIDE = 4
-"""Places on the shorter side of a map that is chosen without being asked for."""
 
 
 def look(scene: Scene) -> Look:
@@ -36,8 +33,11 @@ def look(scene: Scene) -> Look:
         layer = last_map(target.network, target.score, shown.image, places)
     else:
         layer = choose_layer(places, settings.layer, model=target.network, key="gradcam.layer")
-    start("gradcam", target.score, shown.image, num=len(shown))
-    heat = gradcam(target.network, target.score, shown.image, layer)  # (B, h, w)
+    batch_size = scene.config.batch_size
+    start("gradcam", target.score, shown.image[:batch_size], num=len(shown))
+    heat = in_batches(  # (B, h, w)
+        lambda score, image: gradcam(target.network, score, image, layer), target.score, shown.image, batch_size
+    )
     rows, columns = layer.grid_size
     return heat_look(
         scene,
@@ -58,7 +58,7 @@ def last_map(network: nn.Module, score: Score, image: Tensor, places: dict[str, 
     where there are others. Raises DoesNotApply where the network has no map.
     """
     candidates = main_maps(places)
-    candidates = [each for each in candidates if min(each.grid_size) >= LEAST_SIDE] or candidates
+    candidates = [candidates[number] for number in large_enough([each.grid_size for each in candidates])]
     if not candidates:
         raise DoesNotApply(f"{type(network).__name__} has no layer whose values have places on the image")
     outputs, names = {}, {network.get_submodule(each.layer): each.layer for each in candidates}

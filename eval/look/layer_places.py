@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ssl.models.receptive_field import Field
 ACTIVATIONS = ("ReLU", "ReLU6", "GELU", "GELUTanh", "QuickGELU", "SiLU", "Hardswish", "Mish", "LeakyReLU", "ELU")
 PASS_ON = ("Identity", "Dropout", "Dropout2d", "DropPath", "DropPath2d", "StochasticDepth")
 """Modules that hand on what they are given."""
+LEAST_SIDE = 4
+"""Places on the shorter side of a map that is chosen without being asked for."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,24 @@ def find_places(model: nn.Module, *, image_size: tuple[int, int], in_chans: int)
     return found
 
 
-def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.Module, key: str) -> Places:
+def large_enough(grid_sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """The numbers of the maps with at least 4 x 4 places, which small images lack at a network's end.
+
+    Where none has as many those of several places, where none has these all.
+    """
+    for least in (LEAST_SIDE, 2):
+        found = [number for number, size in enumerate(grid_sizes) if min(size) >= least]
+        if found:
+            return found
+    return list(range(len(grid_sizes)))
+
+
+def choose_layer(
+    places: Mapping[str, Places], layer: str | None, *, model: nn.Module, key: str, large: bool = False
+) -> Places:
     """The layer of that name; None takes the last map, of a vision transformer the hidden units of the last block.
+
+    With `large` None takes the last map that is `large_enough`.
 
     Raises ValueError, naming the layers there are, for another, and DoesNotApply where there is none.
     """
@@ -99,7 +117,7 @@ def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.M
             f"{type(model).__name__} has no layer whose values have places on the image; take another model"
         )
     if layer is None:
-        return _last(places, model)
+        return _last(places, model, large=large)
     if layer in places:
         return places[layer]
     outer = [name for name in places if name.count(".") <= 1]
@@ -110,15 +128,16 @@ def choose_layer(places: Mapping[str, Places], layer: str | None, *, model: nn.M
     raise ValueError(f"{key}={layer} {reason}; allowed: {', '.join(outer)}{inner}")
 
 
-def _last(places: Mapping[str, Places], model: nn.Module) -> Places:
+def _last(places: Mapping[str, Places], model: nn.Module, *, large: bool) -> Places:
     every = list(places.values())
     if every[-1].is_tokens:
         hidden = [each for each in every if each.is_tokens and each.field is None and each.kind in ACTIVATIONS]
         return (hidden or every)[-1]
     stages = [str(stage["module"]) for stage in getattr(model, "feature_info", [])]
-    if stages and stages[-1] in places:
-        return places[stages[-1]]
-    return ([each for each in every if each.grid_size != (1, 1)] or every)[-1]
+    maps = [places[name] for name in stages if name in places]
+    if not maps or maps[-1].layer != stages[-1]:
+        maps = [each for each in every if each.grid_size != (1, 1)] or every
+    return maps[large_enough([each.grid_size for each in maps])[-1] if large else -1]
 
 
 def _as_map(row: Layer, image_size: tuple[int, int], *, nhwc: bool) -> Places | None:

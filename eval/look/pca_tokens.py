@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from eval.layers import num_layers
 from eval.look.drawing import captioned
-from eval.look.layer_places import token_grid
+from eval.look.layer_places import large_enough, token_grid
 from eval.look.result import DoesNotApply, Look
 from eval.look.scene import Scene
 from ssl.models.backbones import is_token_model
@@ -44,13 +44,14 @@ def look(scene: Scene) -> Look:
     if settings.foreground is not None and settings.foreground not in SIDES:
         raise ValueError(f"pca_tokens.foreground must be positive, negative or null, got {settings.foreground!r}")
     shown = scene.shown()
-    tokens = token_map(scene.backbone, shown.image, settings.layer).cpu()  # (B, D, h, w)
+    layer = usual_layer(scene.backbone, shown.image[:1]) if settings.layer is None else settings.layer
+    tokens = token_map(scene.backbone, shown.image, layer).cpu()  # (B, D, h, w)
     rows, columns = tokens.shape[-2:]
     if settings.without_place and len(shown) < 2:
         raise ValueError("pca_tokens.without_place=true needs two images or more to tell a place from what it shows")
     if rows * columns == 1:
         raise DoesNotApply(
-            f"what=pca_tokens needs more than one token per image, and {_layer_name(settings.layer)} of "
+            f"what=pca_tokens needs more than one token per image, and {_layer_name(layer)} of "
             f"{type(scene.backbone).__name__} is a map of 1 x 1; give an earlier pca_tokens.layer="
         )
     of_place = place_share(tokens)
@@ -59,15 +60,15 @@ def look(scene: Scene) -> Look:
     colours, found, is_shown = token_colours(tokens, foreground=settings.foreground)  # (B, h, w, 3)
     columns_shown = [("tokens", colours)]
     if scene.loaded is not None:
-        before = token_map(scene.untrained(), shown.image, settings.layer).cpu()
+        before = token_map(scene.untrained(), shown.image, layer).cpu()
         before = before - before.mean(0) if settings.without_place else before
         columns_shown.append((scene.untrained_title, token_colours(before, foreground=settings.foreground)[0]))
     explained = [round(float(each), 4) for each in found.explained]
     shares = ", ".join(f"{each:.0%}" for each in explained)
     return Look(
-        pictures={"": _picture(shown, columns_shown, title=_title(settings, (rows, columns), shares))},
+        pictures={"": _picture(shown, columns_shown, title=_title(settings, layer, (rows, columns), shares))},
         data={
-            "layer": settings.layer,
+            "layer": layer,
             "grid_size": (rows, columns),
             "dimensions": tokens.shape[1],
             "num_tokens": len(found.score),
@@ -89,8 +90,22 @@ def look(scene: Scene) -> Look:
             *_place_in_words(of_place, settings.without_place),
             f"a token stands for {scene.image_size[0] / rows:.3g} x {scene.image_size[1] / columns:.3g} pixels "
             f"({rows} x {columns} of them)",
+            *([_why_not_last(layer)] if layer != settings.layer else []),
         ],
     )
+
+
+@torch.no_grad()
+def usual_layer(model: nn.Module, image: Tensor) -> int | None:
+    """The last stage whose map of images (B, C, H, W) is `large_enough`; None where this is what the model pools."""
+    last = token_map(model, image).shape[-2:]
+    depth = num_layers(model)
+    if is_token_model(model) or not depth:
+        return None
+    found = cast(Any, model).forward_intermediates(image, indices=list(range(depth)), intermediates_only=True)
+    sizes = [(each.shape[-2], each.shape[-1]) for each in found]
+    chosen = large_enough([*sizes, (last[0], last[1])])[-1]
+    return chosen if chosen < depth else None
 
 
 @torch.no_grad()
@@ -225,13 +240,20 @@ def _enlarged(colours: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarr
     return (interpolate(given, size=size, mode=mode, **smooth)[0].movedim(0, -1) * 255).numpy()  # (H, W, 3)
 
 
-def _title(settings: Any, grid_size: tuple[int, int], shares: str) -> str:
+def _title(settings: Any, layer: int | None, grid_size: tuple[int, int], shares: str) -> str:
     which = "" if settings.foreground is None else f" of those on the {settings.foreground} side of the first"
     removed = ", without what their place explains" if settings.without_place else ""
-    name = _layer_name(settings.layer)
+    name = _layer_name(layer)
     return (
         f"{name[0].upper()}{name[1:]}, {grid_size[0]} x {grid_size[1]} tokens{removed}: the first three principal "
         f"components{which} as red, green and blue ({shares} of the variance)"
+    )
+
+
+def _why_not_last(layer: int | None) -> str:
+    return (
+        f"{_layer_name(layer)} is the last with 4 x 4 tokens, or several where none has as many: the last layer has "
+        "too few on images of this size; pca_tokens.layer=-1 asks for it"
     )
 
 
