@@ -300,3 +300,16 @@ def test_images_are_read_in_the_order_that_is_asked_for(planted):
     all_of_them = read_small(source, np.arange(len(source)), channels=3)
     some = read_small(source, np.array([1, 5, 20]), channels=3)
     assert some.digest == [all_of_them.digest[place] for place in (1, 5, 20)]
+
+
+def test_among_all_looks_a_part_is_searched_and_said_unless_a_number_is_given(runs, planted, monkeypatch, capsys):
+    monkeypatch.setattr(duplicates, "MOST_OF_ALL", 5)
+    searched = {}
+    for what, *words in (["duplicates"], ["all"], ["all", "duplicates.images=7"]):
+        found = duplicates.look(scene(runs["simclr"], what, "data=folder", f"data.root={planted}", *words))
+        searched[(what, *words)] = max(found.data["searched"]["images"].values())
+    assert searched[("duplicates",)] > 7
+    assert (searched[("all",)], searched[("all", "duplicates.images=7")]) == (5, 7)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("duplicates: reads")]
+    assert "duplicates: reads 5 of " in told[1]
+    assert told[1].endswith("duplicates.images= takes more")

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 
-from eval.look import clusters, feature_map, neighbours, outliers
+from eval.look import clusters, feature_map, neighbours, outliers, projections
 from eval.look.clusters import agreement, cluster, label_votes
 from eval.look.feature_map import COLOURS, REST, SYMBOLS, grouped
 from eval.look.labels import agree, class_name, in_classes_of
@@ -329,6 +330,37 @@ def test_the_perplexity_fits_the_number_of_images():
     assert project(features, "tsne", seed=0).facts["perplexity"] == 8
     with pytest.raises(ValueError, match=r"must lie in 1\.\.8"):
         project(features, "tsne", seed=0, perplexity=30)
+
+
+@pytest.mark.parametrize(("num", "neighbours"), [(8, 7), (30, 15)])
+def test_the_neighbours_of_umap_fit_the_number_of_images(num, neighbours, monkeypatch):
+    class Umap:
+        def __init__(self, **given: Any) -> None:
+            assert given["n_neighbors"] == neighbours
+
+        def fit_transform(self, rows: np.ndarray) -> np.ndarray:
+            return rows[:, :2]
+
+    module = types.ModuleType("umap")
+    module.UMAP = Umap  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "umap", module)
+    features, _ = blobs(num)
+    assert project(features[:num], "umap", seed=0).facts["neighbours"] == neighbours
+
+
+def test_the_time_of_maps_is_told_before_they_are_made(runs, monkeypatch, capsys):
+    def project(*_: Any, **__: Any) -> Projected:
+        raise RuntimeError(capsys.readouterr().out)
+
+    monkeypatch.setattr(feature_map, "project", project)
+    monkeypatch.setitem(projections.SECONDS, "tsne", (0.0, 0.5))
+    with pytest.raises(RuntimeError, match="t-SNE of 24 images, 2 times: about 24 s"):
+        feature_map.look(scene(runs["simclr"], "map", "map.projections=[tsne]"))
+
+
+def test_neighbours_of_umap_without_umap_are_refused(runs):
+    with pytest.raises(ValueError, match=r"map\.umap_neighbours has no effect without umap"):
+        feature_map.look(scene(runs["simclr"], "map", "map.umap_neighbours=5"))
 
 
 def test_umap_that_is_missing_is_named_with_what_installs_it(monkeypatch):

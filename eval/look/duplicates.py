@@ -7,6 +7,7 @@ duplicate in train (Barz and Denzler 2020, arXiv:1902.00423).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,18 @@ from eval.look.labels import in_classes_of
 from eval.look.result import DoesNotApply, Look
 from eval.look.scene import Scene
 
+MOST_OF_ALL = 20_000
+"""Images of each split that are searched among all looks, where nobody says how many."""
+
 
 def look(scene: Scene) -> Look:
     """Duplicates within and across the splits of the scene's data, as a list, as groups and as pictures."""
     settings = scene.config.duplicates
     _check(settings)
     splits = ["train", "test"] if scene.has_test_split else ["train"]
-    found = {split: scene.features(split, num=settings.images or len(scene.source(split))) for split in splits}
+    num = {split: _num_read(scene, len(scene.source(split))) for split in splits}
+    print(f"duplicates: {_what_is_read(scene, num)}", flush=True)
+    found = {split: scene.features(split, num=num[split]) for split in splits}
     if sum(map(len, found.values())) < 2:
         raise DoesNotApply("duplicates need two images or more")
     labels = [in_classes_of(found[s].labels, scene.source(s).classes, scene.classes) for s in splits]
@@ -56,6 +62,21 @@ def look(scene: Scene) -> Look:
     pictures = {"": picture(scene, pool, pairs)} if len(pairs) else {}
     tables = {"": table(pool, pairs, group, scene.classes)}
     return Look(pictures, data, metrics=metrics, lines=_lines(data["searched"], metrics, settings), tables=tables)
+
+
+def _num_read(scene: Scene, num: int) -> int:
+    """How many of the `num` images of a split are searched: all, among other looks that were not named a part."""
+    if scene.config.duplicates.images is not None:
+        return min(scene.config.duplicates.images, num)
+    return min(num, MOST_OF_ALL) if scene.config.what == "all" else num
+
+
+def _what_is_read(scene: Scene, num: Mapping[str, int]) -> str:
+    """How many images are read, and how to read fewer or more."""
+    parts = [f"{read:,} of {len(scene.source(split)):,} images of {split}" for split, read in num.items()]
+    is_cut = any(read < len(scene.source(split)) for split, read in num.items())
+    advice = "; duplicates.images= takes more" if is_cut and scene.config.duplicates.images is None else ""
+    return f"reads {' and '.join(parts)}{advice}"
 
 
 def _check(settings: Any) -> None:

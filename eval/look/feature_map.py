@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from eval.look.drawing import figure_pixels, plot
+from eval.look.estimate import LONG
 from eval.look.labels import class_name, labelled, one_class
 from eval.look.map_page import Panel, map_page
 from eval.look.neighbours import backbones
-from eval.look.projections import CAUTION, PROJECTIONS, TITLES, Projected, project
+from eval.look.projections import CAUTION, PROJECTIONS, TITLES, Projected, project, seconds_of
 from eval.look.result import DoesNotApply, Look
 from eval.look.samples import SampleFeatures
 from eval.look.scene import Scene
@@ -49,16 +50,20 @@ def look(scene: Scene) -> Look:
     if len(sample) < 4:
         raise DoesNotApply(f"a map needs 4 images or more, there are {len(sample)}; give more sample=, or more data")
     found: dict[str, dict[str, Projected]] = {}
+    features = {which: scene.features(model=network).features for which, network in reversed(backbones(scene).items())}
     for name in names:
+        seconds = seconds_of(name, len(sample), len(features))
+        if seconds > LONG:
+            print(f"{TITLES[name]} of {len(sample):,} images, {len(features)} times: about {seconds:.0f} s", flush=True)
         found[name] = {
             which: project(
-                scene.features(model=network).features,
+                rows,
                 name,
                 seed=scene.seed,
                 perplexity=settings.perplexity,
                 neighbours=settings.umap_neighbours,
             )
-            for which, network in reversed(backbones(scene).items())
+            for which, rows in features.items()
         }
     groups = grouped(sample.labels, scene.source(scene.split).classes)
     subject = f"{len(sample):,} images of {scene.split}"
@@ -116,8 +121,9 @@ def _check(settings: Any, names: list[str]) -> None:
         raise ValueError(
             f"map.projections must name one or several of {', '.join(PROJECTIONS)}, got {list(settings.projections)}"
         )
-    if settings.perplexity is not None and "tsne" not in names:
-        raise ValueError("map.perplexity has no effect without tsne in map.projections; leave it out")
+    for key, name in (("perplexity", "tsne"), ("umap_neighbours", "umap")):
+        if settings[key] is not None and name not in names:
+            raise ValueError(f"map.{key} has no effect without {name} in map.projections; leave it out")
     if not 8 <= settings.thumbnail <= 128:
         raise ValueError(f"map.thumbnail must lie in 8..128 pixels, got {settings.thumbnail}")
 

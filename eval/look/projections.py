@@ -18,7 +18,9 @@ from ssl.randomness import uniforms
 PROJECTIONS = ("pca", "tsne", "umap")
 TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 FIRST_COMPONENTS = 50  # that t-SNE starts from, as van der Maaten and Hinton (2008, section 4) did with 30
-USUAL_PERPLEXITY = 30.0
+USUAL_PERPLEXITY, USUAL_NEIGHBOURS = 30.0, 15
+SECONDS = {"pca": (0.0, 0.0), "tsne": (0.0, 5e-3), "umap": (8.0, 2e-3)}
+"""Of a projection, to begin with and for each image, on a core of 2.5 GHz."""
 MIN_DISTANCE = 0.1  # of UMAP, its own default
 TRUSTED_NEIGHBOURS, TRUSTED_IMAGES = 12, 4000
 CAUTION = {
@@ -50,7 +52,7 @@ class Projected:
 
 
 def project(
-    features: Tensor, name: str, *, seed: int, perplexity: float | None = None, neighbours: int = 15
+    features: Tensor, name: str, *, seed: int, perplexity: float | None = None, neighbours: int | None = None
 ) -> Projected:
     """Features (N, D), scaled to length 1 as cosine similarity sees them, in two dimensions by `pca`, `tsne` or `umap`.
 
@@ -70,6 +72,12 @@ def project(
     else:
         found = umap(rows, seed=seed, neighbours=neighbours)
     return Projected(found.place, found.facts | {"trustworthiness": trust(rows, found.place, seed=seed)})
+
+
+def seconds_of(name: str, num: int, times: int) -> float:
+    """About how long `times` projections of `num` images take."""
+    at_first, each = SECONDS[name]
+    return at_first + each * num * times
 
 
 def principal_components(rows: np.ndarray) -> Projected:
@@ -103,8 +111,12 @@ def tsne(rows: np.ndarray, *, seed: int, perplexity: float | None) -> Projected:
     return Projected(place.astype(np.float64), {"perplexity": round(float(chosen), 2), "components": components})
 
 
-def umap(rows: np.ndarray, *, seed: int, neighbours: int) -> Projected:
-    """UMAP (McInnes et al. 2018, arXiv:1802.03426) of rows (N, D), on one thread, so that a seed gives one map."""
+def umap(rows: np.ndarray, *, seed: int, neighbours: int | None) -> Projected:
+    """UMAP (McInnes et al. 2018, arXiv:1802.03426) of rows (N, D), on one thread, so that a seed gives one map.
+
+    Of each row's neighbours by default 15, or all others. Raises ValueError for fewer than 2 and for more than these.
+    """
+    neighbours = min(USUAL_NEIGHBOURS, len(rows) - 1) if neighbours is None else neighbours
     try:
         with warnings.catch_warnings(), threadpool_limits(1):  # numba's start sets the threads of torch, too
             warnings.simplefilter("ignore")  # of numba's and of TensorFlow, which is not asked for

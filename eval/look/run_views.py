@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.look.estimate import Estimate
 from ssl.data.augment import Augment
 from ssl.data.loader import Batch, Loader
 from ssl.data.sources import Source
@@ -56,7 +57,12 @@ class RunViews:
 
     def drawn(self, index: Sequence[int], *, epoch: int = 0) -> Batch:
         """The images `index` as the loader gives them in `epoch`: uint8 crops, parameters, noise, index, label."""
-        return joined([self._one(int(each), epoch) for each in index])
+        estimate = Estimate(f"views of {len(index):,} images", len(index))
+        found = []
+        for each in index:
+            found.append(self._one(int(each), epoch))
+            estimate.at(len(found))
+        return joined(found)
 
     def seen(self, drawn: Batch) -> dict[str, Any]:
         """What the method is given: `views`, a list of normalised (B, C, h, w), and the rest of the batch."""

@@ -170,7 +170,7 @@ class MapConfig:
 
     projections: list[str] = field(default_factory=lambda: ["pca", "tsne"])  # of pca, tsne, umap
     perplexity: float | None = None  # of t-SNE; null: 30, or a third of the images where they are few
-    umap_neighbours: int = 15  # of each image, for UMAP
+    umap_neighbours: int | None = None  # of each image, for UMAP; null: 15, or all others where they are few
     thumbnail: int = 40  # pixels of each image on the page
 
 
@@ -197,7 +197,7 @@ class OutliersConfig:
 class DuplicatesConfig:
     """Near-identical images within and across splits."""
 
-    images: int | None = None  # of each split; null: all
+    images: int | None = None  # of each split; null: all, with what=all at most 20,000
     neighbours: int = 5  # of each image that are compared with it pixel by pixel
     similarity: float | None = None  # cosine from which they are; null: that of copies made of some images
     correlation: float = 0.9  # of the aligned pictures, from which two images are called duplicates
