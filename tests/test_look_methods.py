@@ -494,6 +494,13 @@ def test_a_setting_without_effect_on_this_method_is_refused(method, word, runs):
         command.run(look_config(runs[method][0], "pretext", word))
 
 
+def test_a_patch_as_large_as_the_image_has_one_place_and_is_refused(runs):
+    made = scene(runs["simclr"][0], "pretext", "pretext.patch_size=32")
+    assert made.image_size == (32, 32)
+    with pytest.raises(ValueError, match="one place; give less than 32"):
+        pretext.look(made)
+
+
 def test_files_are_too_few_to_ask_about_and_that_is_said(runs, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
     with pytest.raises(DoesNotApply, match="data=folder"):
