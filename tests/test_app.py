@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import re
+import select
 import shutil
 import signal
 import struct
@@ -26,6 +28,7 @@ from PIL import Image
 
 import eval.app.server as app_server_module
 import eval.app.uploads as uploads
+from eval.app import connections
 from eval.app.command import check_packages, run
 from eval.app.guard import host_of, names_of
 from eval.app.server import listen
@@ -553,6 +556,41 @@ def test_a_sender_that_hangs_up_costs_nothing(served):
 def head(*lines: str) -> bytes:
     given = ["POST /api/look HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/octet-stream", *lines]
     return "\r\n".join([*given, "", ""]).encode()
+
+
+def test_connections_without_a_whole_head_do_not_keep_others_out_for_long(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    with contextlib.ExitStack() as held:
+        idle = [held.enter_context(served.connect()) for _ in range(80)]
+        for place, connection in enumerate(idle):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost"[: place % 40])
+        assert served.get("/").status == 503
+        for connection in idle:
+            assert connection.recv(1) == b""
+    assert served.get("/").status == 200
+
+
+def test_a_body_that_nobody_asked_for_keeps_no_connection_by_trickling(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    last = time.monotonic() + 10
+    with served.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n")
+        assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200")
+        while not select.select([connection], [], [], 0.05)[0] or connection.recv(1 << 20):
+            connection.sendall(b"x")
+            assert time.monotonic() < last
+
+
+def test_an_answer_may_take_longer_than_a_head(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    never, look = threading.Event(), served.server.inspector.look
+
+    def slow(*args, **kwargs):
+        never.wait(0.6)
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(served.server.inspector, "look", slow)
+    assert served.post("/api/look?group=train&place=0").status == 200
 
 
 def test_nothing_is_written_while_images_come(served, monkeypatch, tmp_path):

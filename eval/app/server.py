@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from eval.app.connections import PromptH11Protocol
 from eval.app.guard import Guard, Names
 from eval.app.inspector import Inspector
 from eval.app.uploads import Refused, decode_upload, read_body
@@ -191,7 +192,7 @@ def make_uvicorn(app: ASGIApp, worker: Worker) -> HttpServer:
     """The HTTP server around the application: one process, plain HTTP, no log of who asked what."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=PromptH11Protocol,
         ws="none",
         loop="asyncio",
         lifespan="off",
