@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from eval.look.samples import Shown
     from eval.look.scene import Scene
 
+BATCH = 64
+"""Images that go through the network at once, where nothing else is said."""
 SHARE = 0.1
 """Of the pixels that are covered in the test."""
 DRAWS = 8
@@ -36,10 +38,22 @@ def rows_of(image: Tensor) -> Tensor:
     return torch.arange(len(image), device=image.device)
 
 
+def in_batches(compute: Callable[[Score, Tensor], Tensor], score: Score, image: Tensor, batch_size: int) -> Tensor:
+    """What `compute` gives for a score and images (B, C, H, W), (B, ...), at most `batch_size` images at a time."""
+    parts = []
+    for first in range(0, len(image), batch_size):
+
+        def of_part(variant: Tensor, rows: Tensor, first: int = first) -> Tensor:
+            return score(variant, rows + first)
+
+        parts.append(compute(of_part, image[first : first + batch_size]))
+    return torch.cat(parts)
+
+
 @torch.no_grad()
-def scores_of(score: Score, image: Tensor) -> Tensor:
+def scores_of(score: Score, image: Tensor, *, batch_size: int = BATCH) -> Tensor:
     """The score of each image itself, (B,)."""
-    return score(image, rows_of(image))
+    return in_batches(lambda part, some: part(some, rows_of(some)), score, image, batch_size)
 
 
 def start(name: str, score: Score, image: Tensor, *, num: int, gradient: bool = True) -> None:
@@ -69,19 +83,21 @@ def seconds_per_image(score: Score, image: Tensor, *, gradient: bool) -> float:
 
 
 @torch.no_grad()
-def deletion(score: Score, image: Tensor, heat: np.ndarray, *, share: float = SHARE, seed: int = 0) -> dict[str, float]:
+def deletion(
+    score: Score, image: Tensor, heat: np.ndarray, *, share: float = SHARE, seed: int = 0, batch_size: int = BATCH
+) -> dict[str, float]:
     """How far the score moves, either way, where the `share` of pixels of which maps (B, h, w) are greatest is
     covered: `marked`; and where that region, rolled over the borders, is covered elsewhere, in the mean: `elsewhere`.
     """
     size = (image.shape[2], image.shape[3])
-    whole = scores_of(score, image)  # (B,)
+    whole = scores_of(score, image, batch_size=batch_size)  # (B,)
     seen = 1 - region(heat, size, share=share).to(image)  # (B, 1, H, W)
-    marked = (whole - scores_of(score, image * seen)).abs()  # normalised: 0 is the mean colour
+    marked = (whole - scores_of(score, image * seen, batch_size=batch_size)).abs()  # 0 is the mean colour
     generator = np.random.default_rng(seed)
     elsewhere = []
     for _ in range(DRAWS):
         moved = seen.roll([int(generator.integers(side)) for side in size], dims=(2, 3))
-        elsewhere.append((whole - scores_of(score, image * moved)).abs())
+        elsewhere.append((whole - scores_of(score, image * moved, batch_size=batch_size)).abs())
     return {"marked": float(marked.mean()), "elsewhere": float(torch.stack(elsewhere).mean())}
 
 
@@ -109,8 +125,7 @@ def heat_look(
 
     Maps named in `signed` are blue where they lower the score and red where they raise it.
     """
-    values = scores_of(target.score, shown.image).tolist()
-    tests = {name: deletion(target.score, shown.image, heat, seed=scene.seed) for name, heat in heats.items()}
+    values, tests = tested(scene, shown, target, heats)
     rows, captions = [], []
     for place in range(len(shown)):
         tiles, texts = [shown.pixels[place]], [image_caption(shown, target, place, values[place])]
@@ -146,6 +161,18 @@ def heat_look(
         metrics={f"{key(name)}_{part}": value for name, test in tests.items() for part, value in test.items()},
         lines=[f"explained: the {target.meaning}", *lines, *(_tested(name, test) for name, test in tests.items())],
     )
+
+
+def tested(
+    scene: Scene, shown: Shown, target: Target, heats: Mapping[str, np.ndarray]
+) -> tuple[list[float], dict[str, dict[str, float]]]:
+    """The score of each image that is shown, and of each map (B, h, w) how far what it marks moves them."""
+    batch_size = int(scene.config.batch_size)
+    tests = {
+        name: deletion(target.score, shown.image, heat, seed=scene.seed, batch_size=batch_size)
+        for name, heat in heats.items()
+    }
+    return scores_of(target.score, shown.image, batch_size=batch_size).tolist(), tests
 
 
 def image_caption(shown: Shown, target: Target, place: int, value: float) -> str:

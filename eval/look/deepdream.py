@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,9 +59,9 @@ def look(scene: Scene) -> Look:
     else:
         layer = choose_layer(places, settings.layer, model=scene.backbone, key="deepdream.layer")
     run = features_of(scene)
-    dreamt = dream(
+    compute = partial(
+        dream,
         lambda image: layer.values(read_layer(scene.backbone, run, layer.layer, image)),
-        shown.image,
         mean=scene.mean,
         std=scene.std,
         sizes=octave_sizes(
@@ -72,8 +73,10 @@ def look(scene: Scene) -> Look:
         seed=scene.seed,
         say=True,
     )
-    start, end = dreamt.start.cpu().numpy(), dreamt.end.cpu().numpy()
-    pictures = to_uint8(dreamt.image, scene.mean, scene.std)
+    dreams = [compute(part) for part in shown.image.split(scene.config.batch_size)]
+    image, start, end = (torch.cat([getattr(each, key) for each in dreams]).cpu() for key in ("image", "start", "end"))
+    start, end = start.numpy(), end.numpy()
+    pictures = to_uint8(image, scene.mean, scene.std)
     return Look(
         pictures={
             "": captioned(
@@ -91,7 +94,7 @@ def look(scene: Scene) -> Look:
                 for name, index, a, b in zip(shown.names, shown.index, start, end)
             ],
         },
-        arrays={"image": dreamt.image.cpu().numpy()},
+        arrays={"image": image.numpy()},
         metrics={"norm_ratio": float(np.mean(end / start))},
         lines=[f"the norm of {layer.layer} grew {np.mean(end / start):.2f} times"],
     )

@@ -82,7 +82,7 @@ def look(scene: Scene) -> Look:
     activations, layer, names = unit_activations(scene, settings.layer, settings.place)
     shown = scene.shown(max(scene.config.num_images, COMPARED))
     with torch.no_grad():
-        real = activations(shown.image)  # (B, units)
+        real = torch.cat([activations(part) for part in shown.image.split(scene.config.batch_size)])  # (B, units)
     units = choose_units(
         plain(settings.units), settings.num_units, real.shape[1], names=names, seed=scene.seed, layer=layer
     )

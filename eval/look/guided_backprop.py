@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from eval.look.attribution import deletion, image_caption, key, rows_of, scores_of, start
+from eval.look.attribution import image_caption, in_batches, key, rows_of, start, tested
 from eval.look.drawing import captioned
 from eval.look.result import DoesNotApply, Look
 from eval.look.target import Score, make_target
@@ -63,13 +63,15 @@ def look(scene: Scene) -> Look:
     shown = scene.shown()
     target = make_target(scene, shown, settings.target, setting="guided_backprop.target", gradient=True)
     check_network(target.network)
-    start("guided_backprop", target.score, shown.image, num=2 * len(shown))
-    gradient, num_rectifiers = guided_gradient(target.score, shown.image)  # (B, C, H, W)
-    plain = plain_gradient(target.score, shown.image)
-    found = {"guided": gradient.cpu().numpy(), "plain gradient": plain.cpu().numpy()}
+    batch_size = scene.config.batch_size
+    start("guided_backprop", target.score, shown.image[:batch_size], num=2 * len(shown))
+    _, num_rectifiers = guided_gradient(target.score, shown.image[:1])
+    ways = {"guided": lambda score, image: guided_gradient(score, image)[0], "plain gradient": plain_gradient}
+    found = {  # (B, C, H, W) each
+        name: in_batches(way, target.score, shown.image, batch_size).cpu().numpy() for name, way in ways.items()
+    }
     heats = {name: np.abs(each).max(1) for name, each in found.items()}  # (B, H, W)
-    tests = {name: deletion(target.score, shown.image, heat, seed=scene.seed) for name, heat in heats.items()}
-    values = scores_of(target.score, shown.image).tolist()
+    values, tests = tested(scene, shown, target, heats)
     rows = [[shown.pixels[i], *(as_picture(each[i]) for each in found.values())] for i in range(len(shown))]
     captions = [[image_caption(shown, target, i, values[i]), *found] for i in range(len(shown))]
     return Look(

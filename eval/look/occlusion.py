@@ -5,13 +5,14 @@ arXiv:1311.2901, section 4.2), through captum.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from captum.attr import Occlusion
 from torch import Tensor
 
-from eval.look.attribution import heat_look, rows_of, start
+from eval.look.attribution import heat_look, in_batches, rows_of, start
 from eval.look.result import Look
 from eval.look.target import Score, make_target
 
@@ -28,10 +29,10 @@ def look(scene: Scene) -> Look:
     window, stride = window_and_stride(settings.window, settings.stride, scene.image_size)
     target = make_target(scene, shown, settings.target, setting="occlusion.target", gradient=False)
     num = len(shown) * (num_positions(scene.image_size, window=window, stride=stride) + 1)
-    start("occlusion", target.score, shown.image, num=num, gradient=False)
-    heat = occlusion_map(
-        target.score, shown.image, window=window, stride=stride, batch_size=scene.config.batch_size
-    )  # (B, H, W)
+    batch_size = scene.config.batch_size
+    start("occlusion", target.score, shown.image[:batch_size], num=num, gradient=False)
+    compute = partial(occlusion_map, window=window, stride=stride, batch_size=batch_size)
+    heat = in_batches(compute, target.score, shown.image, batch_size)  # (B, H, W)
     title = f"Occlusion by {window} x {window} pixels of the mean colour: fall of the {target.meaning}"
     both_ways = target.kind != "similarity"  # which can only fall
     return heat_look(

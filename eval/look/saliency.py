@@ -7,13 +7,14 @@ arXiv:1703.01365). All four are captum's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from captum.attr import InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor
 
-from eval.look.attribution import heat_look, rows_of, start
+from eval.look.attribution import heat_look, in_batches, rows_of, start
 from eval.look.result import Look
 from eval.look.settings import SaliencyConfig
 from eval.look.target import Score, make_target
@@ -40,23 +41,19 @@ def look(scene: Scene) -> Look:
     target = make_target(scene, shown, settings.target, setting="saliency.target", gradient=True)
     passes = {"smoothgrad": settings.noise_samples, "integrated_gradients": settings.steps}
     num = len(shown) * sum(passes.get(method, 1) for method in settings.methods)
-    start("saliency", target.score, shown.image, num=num)
-    heats = {
-        METHODS[method]: (
-            attribute(
-                target.score,
-                shown.image,
-                method,
-                noise_samples=settings.noise_samples,
-                noise=settings.noise,
-                steps=settings.steps,
-                seed=scene.seed,
-            )
-            .cpu()
-            .numpy()
+    batch_size = scene.config.batch_size
+    start("saliency", target.score, shown.image[:batch_size], num=num)
+    heats = {}
+    for method in settings.methods:
+        compute = partial(
+            attribute,
+            method=method,
+            noise_samples=settings.noise_samples,
+            noise=settings.noise,
+            steps=settings.steps,
+            seed=scene.seed,
         )
-        for method in settings.methods
-    }
+        heats[METHODS[method]] = in_batches(compute, target.score, shown.image, batch_size).cpu().numpy()
     signed = [METHODS[method] for method in settings.methods if method in SIGNED]
     title = f"Saliency of the {target.meaning}" + ("; red raises it, blue lowers it" if signed else "")
     return heat_look(scene, shown, target, heats, signed=signed, title=title)

@@ -10,6 +10,9 @@ from torch import Tensor
 from ssl.data.sources import UNLABELLED, Source
 from ssl.data.subset import Subset, limit
 
+MOST_SHOWN = 256
+"""Images that can be looked at one by one: a row of pictures each."""
+
 
 @dataclass(frozen=True)
 class Shown:

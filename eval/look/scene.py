@@ -19,7 +19,7 @@ from eval.images import Views, find_images, read_views
 from eval.layers import make_extract, parse_sets, resolve_sets
 from eval.look.estimate import Estimate
 from eval.look.result import DoesNotApply
-from eval.look.samples import SampleFeatures, Shown, sample_index
+from eval.look.samples import MOST_SHOWN, SampleFeatures, Shown, sample_index
 from eval.look.settings import LookConfig
 from eval.look.start_weights import BEFORE_TRAINING, RANDOM, start_weights
 from eval.splits import data_settings
@@ -307,7 +307,8 @@ class Scene:
     def shown(self, num: int | None = None, split: str | None = None) -> Shown:
         """The images that a person named, else `num` of `split`, seeded and spread over its classes.
 
-        Raises ValueError where one cannot be decoded that a person named, or none at all.
+        Raises ValueError where one cannot be decoded that a person named, or none at all, and for more than 256 images
+        that are to be looked at.
         """
         if self.config.images is not None:
             source: Source = find_images(plain(self.config.images))
@@ -316,8 +317,13 @@ class Scene:
             source = self._of_data(split)
             classes = source.classes
             index = self._chosen(source, num or self.config.num_images)
-        views = self.views_of(source, index)
         named = self.config.images is not None or self.config.indices is not None
+        if len(index) > MOST_SHOWN and (named or num is None):
+            raise ValueError(
+                f"{len(index):,} images are too many to look at one by one, at most {MOST_SHOWN} are; give fewer files "
+                "in images=, fewer indices=, or a smaller num_images="
+            )
+        views = self.views_of(source, index)
         if views.failed and (named or not len(views.index)):
             raise ValueError(f"cannot be decoded: {'; '.join(views.failed.values())}")
         self.note_bad(views.failed)
