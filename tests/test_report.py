@@ -242,7 +242,8 @@ def test_the_page_of_each_method_shows_its_curves_and_pictures(finished: tuple[s
     for name in ("loss", "lr", "images_per_second", "data_wait", "grad_norm"):
         assert f'id="chart-{name.replace("_", "-5f-")}"' in text
     assert "continued at step 3" in text
-    kinds = {"views", "neighbours", "map"} | ({"reconstructions"} if method == "mae" else set())
+    own = {"mae": {"reconstructions"}, "relative_location": {"pretext"}}
+    kinds = {"views", "neighbours", "map"} | own.get(method, set())
     for kind in kinds:
         newest = max((out / "pictures").glob(f"{kind}_*.png"))
         assert data_uri(newest)[0] in text, kind

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
+from eval.pages.charts import Series, line_chart
 from eval.pages.page import Section, write_page
 from eval.pages.page import page as made_page
 from eval.pages.pictures import embedded
@@ -166,6 +167,28 @@ def test_a_wide_picture_has_a_row_of_its_own_and_narrow_ones_share_one(browser: 
         assert (visit.page.locator("figure").nth(2).bounding_box() or {})["width"] >= row
         assert overflow(visit) == 0
         visit.page.context.close()
+
+
+def test_a_single_value_is_a_large_point_over_an_axis_from_zero(browser: Browser, tmp_path: Path):
+    drawn = [
+        line_chart(
+            name, [Series("a", ys, {"step": range(len(ys))})], x={"step": "step"}, y="a", percent=name == "share"
+        )
+        for name, ys in {"one": [2.04], "share": [0.5], "two": [2.04, 2.05]}.items()
+    ]
+    write_page(tmp_path / "page.html", made_page("Charts", [Section("a", "A", Markup("").join(drawn))]))
+    visit = browser.open(tmp_path / "page.html")
+    shown = {
+        name: visit.page.evaluate(
+            f"(plot => [plot._fullLayout.yaxis.range[0], plot._fullData[0].marker.size])"
+            f"(document.querySelector('#{name} .plot'))"
+        )
+        for name in ("one", "share", "two")
+    }
+    visit.page.context.close()
+    assert shown["one"][0] == shown["share"][0] == 0
+    assert shown["two"][0] > 1
+    assert shown["one"][1] > 2 * shown["two"][1]
 
 
 def test_the_command_is_copied(visit: Visit):

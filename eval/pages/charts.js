@@ -30,9 +30,9 @@
     if (chart.log) made.yaxis.type = "log";
     if (chart.data.log_x) made.xaxis.type = "log";
     if (["step", "images"].includes(chart.axis)) made.xaxis.exponentformat = "SI";  // 2M, which hours would not be
+    if (chart.data.percent) Object.assign(made.yaxis, { tickformat: ".3~%", rangemode: "nonnegative" });
     const alone = chart.kind === "lines" && chart.data.series.every((series) => series.y.length < 2);
     if (alone) made.yaxis.rangemode = "tozero";  // else the axis would magnify the digits of one number
-    if (chart.data.percent) Object.assign(made.yaxis, { tickformat: ".3~%", rangemode: "nonnegative" });
     if (chart.kind === "lines") {
       made.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
       for (const mark of chart.data.marks) {

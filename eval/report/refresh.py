@@ -15,6 +15,7 @@ from eval.report.metrics import History
 from eval.report.page_pictures import kept_parts
 from eval.report.run_page import Spent, run_page
 from ssl.data.sources import Source
+from ssl.methods.relative_location import RelativeLocation
 from ssl.online import OnlineSubject
 from ssl.run_report import Moment
 from ssl.tracking import Tracker
@@ -44,6 +45,7 @@ class RunReport:
         self._budget: Budget | None = None
         self._history = History()
         self._features: Any = None  # a FeatureSample
+        self._pretext: Any = None  # a PretextSample
         self._failed: str | None = None
 
     def wants_pictures(self, moment: Moment, *, images_per_second: float | None) -> bool:
@@ -57,7 +59,9 @@ class RunReport:
         return wants
 
     def pictures(self, moment: Moment, subject: OnlineSubject, source: Source, tracker: Tracker) -> None:
-        """Give the tracker the neighbours of some images and the map of all of the sample."""
+        """Give the tracker the neighbours of some images and the map of all of the sample, and of relative location its
+        answers about a few.
+        """
         began = time.perf_counter()
         try:
             # Here, as most runs are too short for pictures, and matplotlib takes a second to load.
@@ -69,6 +73,11 @@ class RunReport:
             neighbours, rest = neighbours_picture(seen), map_picture(seen)
             tracker.images(moment.step, "neighbours", neighbours)
             tracker.images(moment.step, "map", rest)
+            if isinstance(subject.method, RelativeLocation):
+                from eval.report.pretext_picture import PretextSample
+
+                self._pretext = self._pretext or PretextSample(source, subject, subject.method)
+                tracker.images(moment.step, "pretext", self._pretext.picture(subject, subject.method))
         except Exception as error:
             self._failed = f"{type(error).__name__}: {error}"[:300]
             raise
