@@ -51,14 +51,15 @@ def class_scores(logits: Vectors, classes: Tensor) -> Score:
     return lambda image, rows: logits(image).gather(1, classes[rows][:, None])[:, 0]  # (N,)
 
 
-def similarity_scores(features: Vectors, image: Tensor) -> Score:
+def similarity_scores(features: Vectors, image: Tensor, *, batch_size: int = 64) -> Score:
     """The cosine between an image's features and those of the image (B, C, H, W) that it is a variant of.
 
     How covering a region moves it shows what the features rest on, without labels, as in RELAX (Wickstrøm et al. 2022,
     arXiv:2112.10161). At the image itself it is 1, and its gradient is zero.
     """
     with torch.no_grad():
-        whole = functional.normalize(features(image), dim=1)  # (B, D)
+        found = torch.cat([features(part) for part in image.split(batch_size)])  # (B, D)
+        whole = functional.normalize(found, dim=1)
     return lambda variant, rows: (functional.normalize(features(variant), dim=1) * whole[rows]).sum(1)  # (N,)
 
 
@@ -136,7 +137,8 @@ def make_target(scene: Scene, shown: Shown, wanted: Any, *, setting: str, gradie
             "(python -m eval.linear_probe ckpt=...), or give one of similarity, contrast, norm, feature_<number>"
         )
     with torch.no_grad():
-        predicted = head.model(shown.image).argmax(1)  # (B,)
+        logits = torch.cat([head.model(part) for part in shown.image.split(scene.config.batch_size)])  # (B, classes)
+        predicted = logits.argmax(1)  # (B,)
     kind = "predicted" if wanted == "auto" else wanted
     numbers = _class_numbers(kind, predicted.tolist(), shown, head.classes, setting)
     classes = torch.tensor(numbers, device=shown.image.device)  # (B,)
@@ -163,10 +165,8 @@ def _feature_target(scene: Scene, shown: Shown, wanted: str, *, setting: str, gr
                 f"{setting}=similarity has no gradient: the features are as similar to themselves as can be; "
                 f"give contrast (how far they are from those of a blank image), norm or feature_<number>"
             )
-        score, meaning = (
-            similarity_scores(features, shown.image),
-            "cosine similarity to the features of the whole image",
-        )
+        score = similarity_scores(features, shown.image, batch_size=scene.config.batch_size)
+        meaning = "cosine similarity to the features of the whole image"
     elif wanted == "contrast":
         score, meaning = contrast_scores(features, shown.image), "distance of the features from a blank image's"
     elif wanted == "norm":
