@@ -20,7 +20,7 @@ from eval.layers import make_extract, parse_sets, resolve_sets
 from eval.look.estimate import Estimate
 from eval.look.result import DoesNotApply
 from eval.look.samples import MOST_SHOWN, SampleFeatures, Shown, sample_index
-from eval.look.settings import LookConfig
+from eval.look.settings import SceneConfig
 from eval.look.start_weights import BEFORE_TRAINING, RANDOM, start_weights
 from eval.splits import data_settings
 from eval.subject import choose_device
@@ -41,7 +41,7 @@ from ssl.trainer import choose_dtype
 
 
 class Scene:
-    """A checkpoint and its images, as `LookConfig` names them. Raises ValueError, saying what to do, where they do not
+    """A checkpoint and its images, as `SceneConfig` names them. Raises ValueError, saying what to do, where they do not
     go together.
     """
 
@@ -61,7 +61,7 @@ class Scene:
         if config.indices is not None and config.images is not None:
             raise ValueError("images= and indices= both name the images to look at; give one")
         named = next((key for key in ("images", "indices") if config[key] is not None), None)
-        if named is not None and config.num_images != LookConfig.num_images:
+        if named is not None and config.num_images != SceneConfig.num_images:
             raise ValueError(f"num_images= has no effect beside {named}=, which names them; leave one out")
         if config.split is not None and config.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {config.split!r}")

@@ -205,18 +205,17 @@ class DuplicatesConfig:
 
 
 @dataclass
-class LookConfig:
-    """What `python -m eval.look` takes."""
+class SceneConfig:
+    """What a scene is made of: a checkpoint, the images to look at, and those that they are compared with."""
 
     ckpt: str | None = None  # a run folder, a checkpoint in it, an export, timm:<name>, a file, or `random`
-    what: Any = None  # a look, a list of them, or all
     model: ModelConfig | None = None  # with ckpt=random, or a file of another project's weights
     data: EvalDataConfig = MISSING
     images: Any = None  # files to look at instead of some of the data's: a file, a folder, a glob, or a list of those
     indices: list[int] | None = None  # images of `split` to look at
     num_images: int = 8  # of a seeded sample of `split`, where neither images nor indices are given
     split: str | None = None  # train or test; null: test where the data have one
-    sample: int = 2000  # images whose features are compared (neighbours, map, clusters, outliers)
+    sample: int = 2000  # images whose features are compared
     head: str | None = None  # folder of a probed head; null: the checkpoint's own, where it has one
     trust: list[str] = field(default_factory=list)  # packages whose methods a checkpoint may name, beside ssl.methods
     seed: int = 0  # of what is drawn: samples, masks, noise
@@ -225,6 +224,13 @@ class LookConfig:
     pooling: str = "model"  # as in the evaluations
     batch_size: int = 64  # images that the backbone takes at once
     threads: int | None = None  # null: the cores that this process may use
+
+
+@dataclass
+class LookConfig(SceneConfig):
+    """What `python -m eval.look` takes."""
+
+    what: Any = None  # a look, a list of them, or all
     out: str | None = None  # folder; null: <run folder>/look
     views: ViewsConfig = field(default_factory=ViewsConfig)
     reconstructions: ReconstructionsConfig = field(default_factory=ReconstructionsConfig)
