@@ -13,7 +13,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from eval.look import command, pca_tokens
-from eval.look.pca_tokens import place_share, principal_components, token_colours, token_map
+from eval.look.components import principal_components
+from eval.look.pca_tokens import place_share, token_colours, token_map
 from eval.look.result import DoesNotApply
 from ssl.models.backbones import build_backbone, pooled_features
 from tests.scenes import EMBEDDED, TINY_RESNET, TINY_VIT, look_config, pretrained

@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from eval.look import clusters, feature_map, neighbours, outliers, projections
 from eval.look.clusters import agreement, cluster, label_votes
-from eval.look.feature_map import COLOURS, REST, SYMBOLS, grouped
+from eval.look.groups import COLOURS, REST, SYMBOLS, grouped
 from eval.look.labels import agree, class_name, in_classes_of
 from eval.look.map_page import Panel, at_lightness, map_page, sprite_sheet
 from eval.look.neighbours import nearest_others, same_class_rate

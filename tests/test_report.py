@@ -22,14 +22,16 @@ from torch.nn.functional import normalize
 import eval.report.refresh as refresh
 import ssl.starts as starts
 from eval.config import register
+from eval.look.components import principal_plane
+from eval.look.projections import project
 from eval.pages import page as pages
 from eval.pages.charts import Series, line_chart
 from eval.pages.decimate import decimated
 from eval.pages.pictures import data_uri
-from eval.report import command
+from eval.report import command, feature_pictures
 from eval.report.advice import warnings_of
 from eval.report.budget import Budget
-from eval.report.feature_pictures import Seen, neighbours_picture, principal_plane
+from eval.report.feature_pictures import Seen, map_picture, neighbours_picture
 from eval.report.gather import LOST, RUNNING, gather
 from eval.report.metrics import HOLD, History, skips
 from eval.report.refresh import RunReport
@@ -723,7 +725,30 @@ def test_the_plane_is_that_of_the_covariance_and_its_shares_are_its_eigenvalues(
     expected = (features.numpy() - features.numpy().mean(0)) @ vectors[:, ::-1][:, :2]
     for ours, theirs in zip(points.T, expected.T, strict=True):
         assert np.allclose(ours, theirs, atol=1e-4) or np.allclose(ours, -theirs, atol=1e-4)
-        assert ours[np.abs(ours).argmax()] > 0
+
+
+def test_images_of_several_classes_agree_where_one_is_in_common_and_the_map_is_of_one_colour(monkeypatch):
+    labels = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]])
+    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
+    seen = Seen(features, np.zeros((4, 8, 8, 3), np.uint8), labels, ["cat", "dog", "sofa"], step=1)
+    told = []
+    monkeypatch.setattr(feature_pictures, "captioned", lambda rows, **words: told.append(words["captions"]))
+    neighbours_picture(seen)
+    first = next(row for row in told[0] if row[0] == "cat, sofa")
+    assert [text[-1] for text in first[1:3]] == ["=", "\u00d7"]
+    monkeypatch.setattr(feature_pictures, "scatter", lambda axis, place, groups, size: told.append(groups.names))
+    map_picture(seen)
+    assert told[-1] == ["images"]
+
+
+def test_the_map_of_a_run_is_that_of_the_look_whatever_the_length_of_its_features(monkeypatch):
+    features = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 30)[:, None]
+    seen = Seen(features, np.zeros((30, 8, 8, 3), np.uint8), np.arange(30) % 3, None, step=1)
+    drawn = []
+    monkeypatch.setattr(feature_pictures, "scatter", lambda axis, place, groups, size: drawn.append(place))
+    monkeypatch.setattr(feature_pictures, "legend", lambda axis, groups: ([], []))
+    map_picture(seen)
+    assert np.allclose(drawn[0], project(features, "pca", seed=0).place, atol=1e-6)
 
 
 def test_the_nearest_image_stands_beside_the_one_asked_for():

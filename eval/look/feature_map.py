@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from eval.look.drawing import figure_pixels, plot
 from eval.look.estimate import LONG
+from eval.look.groups import SYMBOLS, Groups, grouped, legend, scatter
 from eval.look.labels import class_name, labelled, one_class
 from eval.look.map_page import Panel, map_page
 from eval.look.neighbours import backbones
@@ -18,27 +17,8 @@ from eval.look.result import DoesNotApply, Look
 from eval.look.samples import SampleFeatures
 from eval.look.scene import Scene
 
-COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadb")
-"""Petroff 2021 (arXiv:2107.02270): ten colours that people tell apart with any of three colour-vision deficiencies."""
-REST = "#c4c4c4"
-MARKERS = "os^DvPX<>p"
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "triangle-left",
-           "triangle-right", "pentagon")  # fmt: skip
 MOST_ON_PAGE = 4000
 """Images whose thumbnails the page holds."""
-
-
-@dataclass(frozen=True)
-class Groups:
-    """What the colours mean: names of at most 10 groups of images and the number of each image's, (N,)."""
-
-    names: list[str]
-    number: np.ndarray
-    rest: bool = False
-    """Whether the last group is all that have no colour of their own, in gray."""
-
-    def colour(self, group: int) -> str:
-        return REST if self.rest and group == len(self.names) - 1 else COLOURS[group]
 
 
 def look(scene: Scene) -> Look:
@@ -94,27 +74,6 @@ def look(scene: Scene) -> Look:
     return Look(pictures, data, arrays=arrays, metrics=metrics, lines=lines, pages={"": page})
 
 
-def grouped(labels: np.ndarray, classes: Sequence[str] | None) -> Groups:
-    """One group for each class of up to 10; of more the 9 most frequent, and the rest. Images without a label are rest.
-
-    Without labels of one class each, a single group.
-    """
-    if not one_class(labels):
-        return Groups(["images"], np.zeros(len(labels), np.int64))
-    values, counts = np.unique(labels[labelled(labels)], return_counts=True)
-    unlabelled = bool((~labelled(labels)).any())
-    room = len(COLOURS) - unlabelled
-    kept = values if len(values) <= room else np.sort(values[np.argsort(-counts, kind="stable")[: len(COLOURS) - 1]])
-    names = [str(class_name(value, classes)) for value in kept]
-    number = np.searchsorted(kept, labels).clip(max=len(kept) - 1)
-    number = np.where(kept[number] == labels, number, len(kept))  # (N,)
-    if not (number == len(kept)).any():
-        return Groups(names, number)
-    others = len(values) - len(kept)
-    parts = ([f"{others} other classes"] if others else []) + (["no label"] if unlabelled else [])
-    return Groups([*names, ", ".join(parts)], number, rest=True)
-
-
 def _check(settings: Any, names: list[str]) -> None:
     unknown = [name for name in names if name not in PROJECTIONS]
     if unknown or not names:
@@ -134,24 +93,14 @@ def _picture(subject: str, name: str, panels: dict[str, Projected], groups: Grou
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     size = float(np.clip(30_000 / len(groups.number), 6, 40))
     for axis, (which, projected) in zip(axes, panels.items()):
-        order = range(len(groups.names))
-        for group in reversed(order) if groups.rest else order:  # gray below
-            own = projected.place[groups.number == group]
-            axis.scatter(
-                *own.T, s=size, c=groups.colour(group), marker=MARKERS[group], label=groups.names[group], linewidths=0
-            )
+        scatter(axis, projected.place, groups, size=size)
         axis.set_title(f"{which}\n{projected.summary}", fontsize=11)
-        axis.set_aspect("equal", adjustable="datalim")
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(f"{TITLES[name]} of {subject}\n{CAUTION[name]}", fontsize=11)
     if len(groups.names) > 1:
-        handles, texts = axes[0].get_legend_handles_labels()
-        place = dict(zip(texts, handles))
-        legend = [place[text] for text in groups.names]
-        figure.legend(
-            legend, groups.names, loc="outside lower center", ncols=5, fontsize=10, markerscale=2, frameon=False
-        )
+        words = {"ncols": 5, "fontsize": 10, "markerscale": 2, "frameon": False}
+        figure.legend(*legend(axes[0], groups), loc="outside lower center", **words)
     return figure_pixels(figure)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.look.components import principal_components
 from eval.look.drawing import captioned, colour, enlarged
 from eval.look.first_layer import FirstLayer, filter_tiles, first_layer, position_embedding, position_similarity
-from eval.look.pca_tokens import principal_components
 from eval.look.result import Look
 from eval.look.scene import Scene
 from eval.look.settings import FiltersConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from eval.layers import num_layers
+from eval.look.components import Components, principal_components
 from eval.look.drawing import captioned
 from eval.look.layer_places import large_enough, token_grid
 from eval.look.result import DoesNotApply, Look
@@ -24,18 +24,6 @@ TAILS = (0.01, 0.99)
 FLAT = 1e-4
 """Of the greatest score: a component that spreads less is what fp32 rounds off."""
 BLEND = 0.6
-
-
-@dataclass(frozen=True)
-class Components:
-    """Principal components of tokens (N, D), the first first."""
-
-    score: Tensor
-    """(N, k) of each token along each component; their means are 0."""
-    direction: Tensor
-    """(k, D) of length 1; its largest entry is positive."""
-    explained: Tensor
-    """(k,) shares of the tokens' variance."""
 
 
 def look(scene: Scene) -> Look:
@@ -164,21 +152,6 @@ def _as_map(model: nn.Module, features: Tensor, image_size: tuple[int, int]) -> 
         )
     grid_size, prefix = found
     return features[:, prefix:].movedim(-1, 1).unflatten(-1, grid_size)  # (B, D, h, w)
-
-
-def principal_components(tokens: Tensor, num: int = 3) -> Components:
-    """The first `num` principal components of tokens (N, D), in float64; all there are where they are fewer.
-
-    A component's sign is free: it is chosen so that its largest entry is positive.
-    """
-    centred = tokens.double() - tokens.double().mean(0)  # (N, D)
-    _, length, direction = torch.linalg.svd(centred, full_matrices=False)
-    total = length.square().sum()
-    direction, length = direction[:num], length[:num]
-    largest = direction.gather(1, direction.abs().argmax(1, keepdim=True))  # (k, 1)
-    direction = direction * largest.sign()
-    explained = length.square() / total if total > 0 else torch.zeros_like(length)
-    return Components(centred @ direction.T, direction, explained)
 
 
 def token_colours(tokens: Tensor, *, foreground: str | None = None) -> tuple[np.ndarray, Components, np.ndarray]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
+import torch
 from sklearn.manifold import TSNE, trustworthiness
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from eval.look.components import principal_components, principal_plane
 from eval.rows import unit_length
 from ssl.randomness import uniforms
 
@@ -66,7 +67,8 @@ def project(
         raise ValueError(f"a map needs 4 images or more, got {len(features)}; give more sample=")
     rows = unit_length(features).double().numpy()  # (N, D)
     if name == "pca":
-        found = principal_components(rows)
+        place, shares = principal_plane(torch.from_numpy(rows))
+        found = Projected(place, {"explained_variance": shares})
     elif name == "tsne":
         found = tsne(rows, seed=seed, perplexity=perplexity)
     else:
@@ -78,15 +80,6 @@ def seconds_of(name: str, num: int, times: int) -> float:
     """About how long `times` projections of `num` images take."""
     at_first, each = SECONDS[name]
     return at_first + each * num * times
-
-
-def principal_components(rows: np.ndarray) -> Projected:
-    """The first two principal components of rows (N, D), and the share of the variance that each explains."""
-    found = PCA(2, svd_solver="full").fit(rows) if rows.shape[1] > 1 else None
-    if found is None:
-        return Projected(np.c_[rows, np.zeros(len(rows))], {"explained_variance": [1.0, 0.0]})
-    ratio = np.nan_to_num(found.explained_variance_ratio_)  # of equal rows there is no variance to explain
-    return Projected(found.transform(rows), {"explained_variance": ratio.tolist()})
 
 
 def tsne(rows: np.ndarray, *, seed: int, perplexity: float | None) -> Projected:
@@ -101,9 +94,10 @@ def tsne(rows: np.ndarray, *, seed: int, perplexity: float | None) -> Projected:
             "t-SNE takes it for the number of neighbours of an image"
         )
     chosen = min(USUAL_PERPLEXITY, most) if perplexity is None else perplexity
-    components = min(FIRST_COMPONENTS, *rows.shape)
-    fewer = PCA(components, svd_solver="full").fit_transform(rows) if components < rows.shape[1] else rows
-    init = PCA(2, svd_solver="full").fit_transform(rows) if rows.shape[1] > 1 else np.c_[rows, np.zeros(len(rows))]
+    fewer = principal_components(torch.from_numpy(rows), FIRST_COMPONENTS).score.numpy()
+    components = fewer.shape[1]
+    init = np.zeros((len(rows), 2))
+    init[:, :components] = fewer[:, :2]
     spread = init[:, 0].std()
     init = (1e-4 * init / spread if spread > 0 else init).astype(np.float32)  # small, as scikit-learn scales its own
     with threadpool_limits(1):  # sums by several threads differ in their last digits, from which the map grows
