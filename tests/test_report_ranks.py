@@ -25,7 +25,7 @@ def with_all_pictures(words: list[str], out: str) -> dict[str, float]:
         return pretrain(words, out)
 
 
-@pytest.mark.parametrize("method", ["mae", "simclr"])
+@pytest.mark.parametrize("method", ["mae", "relative_location"])
 def test_two_ranks_train_alike_with_and_without_the_pictures_of_features(method: str, two_ranks: Pool, tmp_path: Path):
     words = [*METHODS[method], *WORDS]
     two_ranks.run(with_all_pictures, [*words, "report.sample=16"], str(tmp_path / "with"))

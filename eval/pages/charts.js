@@ -63,7 +63,7 @@
         color: colour(`--c${slot(series, i) % 8}`), width: 1.8,
         dash: series.dash ? "dash" : DASHES[Math.floor(slot(series, i) / 8) % 5],
       },
-      marker: { size: series.y.length < 2 ? 9 : 4 },
+      marker: { size: series.y.length < 2 ? 9 : 4 }, cliponaxis: series.y.length > 1,
     }));
     for (const [kind, symbol, paint] of [["resume", "triangle-up", "--soft"], ["skipped", "x", "--bad"]]) {
       const marks = chart.data.marks.filter((mark) => mark.kind === kind);
