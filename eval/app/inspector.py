@@ -16,9 +16,10 @@ from eval.app.own_images import Group, examples
 from eval.app.uploads import Refused
 from eval.images import Images
 from eval.knn import TEMPERATURE, log_votes, log_weight
+from eval.look.drawing import with_gray
 from eval.look.labels import class_name, one_class
 from eval.look.masked import errors, reconstruct
-from eval.look.reconstructions import masked_method, with_gray
+from eval.look.reconstructions import masked_method
 from eval.look.result import DoesNotApply
 from eval.look.samples import SampleFeatures, Shown
 from eval.look.scene import Scene

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from eval.look.attention import choose_query
 from eval.look.attention_maps import read_attention, rollout, seen_by
-from eval.look.attribution import CLIP
-from eval.look.drawing import enlarged, overlay
+from eval.look.drawing import colours_end, enlarged, overlay
 from eval.look.gradcam import gradcam, last_map
 from eval.look.layer_places import Places, find_places, token_grid
 from eval.look.result import DoesNotApply
@@ -100,5 +99,5 @@ def over(shown: Shown, heat: Tensor, *, smooth: bool) -> np.ndarray:
     """A map (1, h, w) of the only image of `shown` over that image, at 224 pixels or more."""
     pixels, values = shown.pixels[0], heat[0].float().cpu().numpy()
     pixels = enlarged(pixels, math.ceil(LEAST_SIDE / max(pixels.shape[:2])))
-    bound = float(np.percentile(np.abs(values), CLIP)) or 1.0
+    bound = colours_end(values)
     return overlay(pixels, values, alpha=0.7, bounds=(0.0, bound), smooth=smooth)

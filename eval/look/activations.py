@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eval.images import read_views
 from eval.look.drawing import boxed, captioned
 from eval.look.estimate import Estimate
+from eval.look.labels import class_name
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import Look
 from eval.look.samples import sample_index
@@ -281,13 +282,10 @@ def _about_unit(
 
 
 def _captions(per_unit: Sequence[dict[str, Any]], source: Source) -> list[list[str]]:
-    return [[f"{each['value']:.3g} {_class(each['label'], source)}" for each in unit["patches"]] for unit in per_unit]
-
-
-def _class(label: Any, source: Source) -> str:
-    if np.ndim(label) or label < 0 or source.classes is None:
-        return ""
-    return source.classes[int(label)]
+    return [
+        [f"{each['value']:.3g} {class_name(each['label'], source.classes) or ''}" for each in unit["patches"]]
+        for unit in per_unit
+    ]
 
 
 def _cut_how(places: Places) -> str:

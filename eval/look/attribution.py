@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.look.drawing import captioned, overlay, resized
+from eval.look.drawing import captioned, colours_end, overlay, resized
 from eval.look.result import Look
 from eval.look.target import Score, Target
 
@@ -29,8 +29,6 @@ SHARE = 0.1
 """Of the pixels that are covered in the test."""
 DRAWS = 8
 """Random places for the region of the same shape."""
-CLIP = 99.0
-"""Percentile of a map at which its colours end, so that a few pixels do not hide the others."""
 
 
 def rows_of(image: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ def heat_look(
     for place in range(len(shown)):
         tiles, texts = [shown.pixels[place]], [image_caption(shown, target, place, values[place])]
         for name, heat in heats.items():
-            bound = float(np.percentile(np.abs(heat[place]), CLIP)) or 1.0
+            bound = colours_end(heat[place])
             bounds = (-bound, bound) if name in signed else (0.0, bound)
             picture = overlay(
                 shown.pixels[place], heat[place], alpha=0.75, symmetric=name in signed, bounds=bounds, smooth=smooth

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
-from eval.look.drawing import captioned
+from eval.look.drawing import captioned, tile_side
 from eval.look.labels import class_name, labelled, one_class
 from eval.look.neighbours import nearest_others
 from eval.look.result import DoesNotApply, Look
@@ -214,7 +214,7 @@ def _picture(scene: Scene, sample: SampleFeatures, found: Clustering, count: int
     classes = scene.source(scene.split).classes
     size = np.bincount(found.cluster, minlength=len(found.centroids))
     order = [int(each) for each in np.argsort(-size, kind="stable") if size[each]][:SHOWN_CLUSTERS]
-    side = min(max(scene.image_size), 96)
+    side = tile_side(scene.image_size)
     rows, captions, titles = [], [], []
     for number in order:
         typical, doubtful = _members(found, number, count)
@@ -238,7 +238,7 @@ def _suspects_picture(
     scene: Scene, sample: SampleFeatures, places: np.ndarray, votes: Votes, rows_of_votes: np.ndarray
 ) -> np.ndarray:
     classes = scene.source(scene.split).classes
-    side = min(max(scene.image_size), 96)
+    side = tile_side(scene.image_size)
     tiles = list(scene.thumbnails(scene.split, sample.index[places[:SHOWN_SUSPECTS]], side))
     texts = [
         f"label: {class_name(sample.labels[place], classes)}\nnear: {class_name(votes.rival[row], classes)} "

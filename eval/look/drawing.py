@@ -20,6 +20,9 @@ INK, PAPER = (32, 32, 32), (255, 255, 255)
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
 """Blue and vermilion of Okabe and Ito's palette, which colour-blind people tell apart."""
 GAP, TITLE_SIZE, TEXT_SIZE = 6, 15, 12
+LARGEST_TILE = 96  # pixels
+GRAY = 128
+"""What stands for a hidden pixel: the same gray in all channels, whatever the data's mean is."""
 
 Tile = np.ndarray
 """uint8 (h, w, 3)."""
@@ -85,6 +88,23 @@ def framed(tile: Tile, colour: tuple[int, int, int], *, width: int = 3) -> np.nd
     frame[:] = colour
     frame[width:-width, width:-width] = tile
     return frame
+
+
+def colours_end(values: np.ndarray, *, percentile: float = 99.0) -> float:
+    """Where colours of a map end, so that a few values do not hide the others: this percentile of the sizes of its
+    values, 1 where they are all 0.
+    """
+    return float(np.percentile(np.abs(values), percentile)) or 1.0
+
+
+def tile_side(image_size: tuple[int, int]) -> int:
+    """Pixels of an image among many: its longer side, at most 96."""
+    return min(max(image_size), LARGEST_TILE)
+
+
+def with_gray(pixels: Tile, hidden: np.ndarray) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) with gray where `hidden` (H, W)."""
+    return np.where(hidden[:, :, None], np.uint8(GRAY), pixels)
 
 
 def colour(heat: np.ndarray, *, symmetric: bool = False, bounds: tuple[float, float] | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from eval.look.drawing import captioned
+from eval.look.drawing import captioned, tile_side
 from eval.look.duplicate_pairs import Pairs, Pool, parts
 from eval.look.labels import agree, class_name, labelled
 from eval.look.scene import Scene
@@ -117,7 +117,7 @@ def picture(scene: Scene, pool: Pool, pairs: Pairs) -> np.ndarray:
     some = pairs.chosen(across) if across.any() else pairs
     order = np.argsort(some.correlation, kind="stable")
     order = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN_PAIRS, len(order))).round().astype(int))]
-    size = min(max(scene.image_size), 96)
+    size = tile_side(scene.image_size)
     rows, captions = [], []
     for each in parts(len(order), COLUMNS):
         chosen = order[each.start : each.stop].tolist()

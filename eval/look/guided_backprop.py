@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from eval.look.attribution import image_caption, in_batches, key, rows_of, start, tested
-from eval.look.drawing import captioned
+from eval.look.drawing import captioned, colours_end
 from eval.look.result import DoesNotApply, Look
 from eval.look.target import Score, make_target
 
@@ -136,7 +136,7 @@ def check_network(network: nn.Module) -> None:
 def as_picture(gradient: np.ndarray) -> np.ndarray:
     """A gradient (C, H, W) as uint8 (H, W, 3), gray where it is 0."""
     colours = gradient[:3] if len(gradient) >= 3 else gradient[:1].repeat(3, axis=0)
-    bound = float(np.percentile(np.abs(colours), CLIP)) or 1.0
+    bound = colours_end(colours, percentile=CLIP)
     return ((np.clip(colours / bound, -1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
 
 

@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.look.drawing import BAD, GOOD, captioned, framed
+from eval.look.drawing import BAD, GOOD, captioned, framed, tile_side
 from eval.look.labels import agree, class_name, in_classes_of, labelled
 from eval.look.result import DoesNotApply, Look
 from eval.look.samples import SampleFeatures, Shown
 from eval.look.scene import Scene
 from eval.neighbours import nearest
 from eval.rows import Rows
-
-LARGEST_TILE = 96
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _own_places(scene: Scene, shown: Shown, bank: SampleFeatures) -> np.ndarray:
 def _picture(
     scene: Scene, shown: Shown, labels: np.ndarray, bank: SampleFeatures, found: dict[str, Neighbours]
 ) -> np.ndarray:
-    size = min(max(scene.image_size), LARGEST_TILE)
+    size = tile_side(scene.image_size)
     rows, captions, titles = [], [], []
     for query in range(len(shown)):
         for place, (name, neighbours) in enumerate(found.items()):

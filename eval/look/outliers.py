@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.look.drawing import captioned
+from eval.look.drawing import captioned, tile_side
 from eval.look.labels import class_name
 from eval.look.neighbours import nearest_others
 from eval.look.result import DoesNotApply, Look
@@ -81,7 +81,7 @@ def _told(sample: SampleFeatures, scene: Scene, place: int, distance: np.ndarray
 
 
 def _picture(scene: Scene, sample: SampleFeatures, order: np.ndarray, score: np.ndarray, least: float) -> np.ndarray:
-    tiles = list(scene.thumbnails(scene.split, sample.index[order], min(max(scene.image_size), 96)))
+    tiles = list(scene.thumbnails(scene.split, sample.index[order], tile_side(scene.image_size)))
     classes = scene.source(scene.split).classes
     verdicts = [f"{score[place]:.1f}{' outlier' if score[place] >= least else ''}" for place in order]
     texts = [f"{said}\n{class_name(sample.labels[place], classes) or ''}" for said, place in zip(verdicts, order)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from eval.look.drawing import captioned
+from eval.look.labels import class_name
 from eval.look.place_pictures import SIDE, answer_picture, confusion_plot
 from eval.look.places import Answers, accuracy, ask, commonest_mistake, confusion
 from eval.look.result import DoesNotApply, Look
@@ -31,7 +32,6 @@ from eval.look.shortcuts import (
 )
 from eval.look.views import label, run_recipe, run_views, side_by_side
 from ssl.config import plain
-from ssl.data.sources import UNLABELLED, Source
 from ssl.methods.relative_location import PLACES, RelativeLocation, cut
 from ssl.models.backbones import pooled_features
 from ssl.pictures import to_uint8
@@ -141,7 +141,8 @@ def _answers(
     counts = confusion(answers.predicted)
     share, error = accuracy(answers.predicted)
     source, few = scene.source(scene.split), _num_shown(scene, len(index))
-    labels = [label(_class_name(source, each), source.describe(each), each) for each in index[:few].tolist()]
+    classes = [class_name(each, source.classes) for each in np.asarray(source.labels)[index[:few]]]
+    labels = [label(name, source.describe(each), each) for name, each in zip(classes, index[:few].tolist())]
     size = method.patch_size
     picture = answer_picture(view[:few], answers, labels, patch_size=size, mean=scene.mean, std=scene.std)
     pictures = {"": picture, "confusion": confusion_plot(counts, share, error, len(index))}
@@ -208,13 +209,6 @@ def _sample(scene: Scene) -> np.ndarray:
 def _num_shown(scene: Scene, num: int) -> int:
     """How many of `num` images of `_sample` are shown."""
     return min(scene.config.num_images if scene.config.indices is None else len(scene.config.indices), num)
-
-
-def _class_name(source: Source, index: int) -> str | None:
-    number = source.labels[index]
-    if np.ndim(number) or number == UNLABELLED or source.classes is None:
-        return None
-    return source.classes[int(number)]
 
 
 # ---- any backbone -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.look.drawing import captioned
+from eval.look.drawing import captioned, with_gray
 from eval.look.masked import Reconstruction, errors, patch_size, reconstruct, usual_ratios
 from eval.look.result import DoesNotApply, Look
 from eval.look.samples import Shown
@@ -19,9 +19,6 @@ from ssl.methods.base import Method
 from ssl.methods.mae import num_visible
 from ssl.pictures import to_uint8
 from ssl.randomness import uniforms
-
-GRAY = 128
-"""What stands for a hidden pixel: the same gray in all channels, whatever the data's mean is."""
 
 
 def look(scene: Scene) -> Look:
@@ -158,11 +155,6 @@ def plain_title(scene: Scene, method: Method) -> str:
 def _flat(is_given_means: bool) -> str:
     """The guess that the model's error is set against."""
     return "each hidden patch's own mean, which it is given" if is_given_means else "the mean colour of what is seen"
-
-
-def with_gray(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Pixels uint8 (H, W, 3) with gray where `hidden` (H, W)."""
-    return np.where(hidden[:, :, None], np.uint8(GRAY), pixels)
 
 
 def _picture(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ssl.data.sources import UNLABELLED, Source
+from eval.look.labels import class_name
+from ssl.data.sources import Source
 from ssl.data.subset import Subset, limit
 
 MOST_SHOWN = 256
@@ -34,14 +35,7 @@ class Shown:
 
     def truth(self, place: int) -> str | None:
         """The name of the class of the image at `place`, of several joined by commas; None where nobody said."""
-        label = self.labels[place]
-        if np.ndim(label):
-            named = [self.class_name(int(number)) for number in np.flatnonzero(label > 0)]
-            return ", ".join(named) or None
-        return None if label == UNLABELLED else self.class_name(int(label))
-
-    def class_name(self, label: int) -> str:
-        return self.classes[label] if self.classes is not None and label < len(self.classes) else str(label)
+        return class_name(self.labels[place], self.classes)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.images import find_images
-from eval.look.drawing import boxed, captioned, framed
+from eval.look.drawing import boxed, captioned, framed, with_gray
 from eval.look.masked import hidden_pixels
 from eval.look.result import DoesNotApply, Look
 from eval.look.run_views import RunViews
@@ -30,7 +30,6 @@ from ssl.pictures import to_uint8
 
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Okabe and Ito's: the views of an image in turn, and the boxes that they were cut from."""
-GRAY = 128
 SIDE = 160
 """Pixels of the longer side of a tile, at least."""
 
@@ -210,8 +209,7 @@ def _as_given(
     pixels = to_uint8(view, scene.mean, scene.std)[0]
     if isinstance(method, MAE | SimMIM):
         hidden = hidden_pixels(method, noise, method.mask_ratio)[0, 0].cpu().numpy()  # (H, W)
-        pixels[hidden] = GRAY
-        return _large(pixels), f"given: {1 - hidden.mean():.0%} of it"
+        return _large(with_gray(pixels, hidden)), f"given: {1 - hidden.mean():.0%} of it"
     if isinstance(method, RelativeLocation):
         large = _large(pixels)
         scale = large.shape[0] / pixels.shape[0]
