@@ -88,7 +88,7 @@ def _images(scene: Scene) -> tuple[Tensor, str | None]:
     except (ValueError, OSError) as error:
         if any(scene.config[key] is not None for key in ("images", "indices", "split")):
             raise
-        return torch.zeros(1, scene.channels, *scene.image_size, device=scene.device), str(error)
+        return torch.zeros(1, scene.channels, *scene.image_size, device=scene.device), str(error).partition("\n")[0]
 
 
 def filter_order(layer: FirstLayer, order: str) -> Tensor:
