@@ -225,8 +225,8 @@ def _title(settings: Any, layer: int | None, grid_size: tuple[int, int], shares:
 
 def _why_not_last(layer: int | None) -> str:
     return (
-        f"{_layer_name(layer)} is the last with 4 x 4 tokens, or several where none has as many: the last layer has "
-        "too few on images of this size; pca_tokens.layer=-1 asks for it"
+        f"{_layer_name(layer)} is shown, as the last layer has too few tokens on images of this size; "
+        "pca_tokens.layer=-1 asks for that one"
     )
 
 

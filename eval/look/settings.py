@@ -200,7 +200,7 @@ class DuplicatesConfig:
     images: int | None = None  # of each split; null: all, with what=all at most 20,000
     neighbours: int = 5  # of each image that are compared with it pixel by pixel
     similarity: float | None = None  # cosine from which they are; null: that of copies made of some images
-    correlation: float = 0.9  # of the aligned pictures, from which two images are called duplicates
+    correlation: float = 0.9  # of the aligned pictures, from which two images look alike, if their colours do
     flip: bool = True  # compare mirrored images too
 
 
