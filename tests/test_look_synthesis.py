@@ -252,14 +252,14 @@ def test_the_same_seed_makes_the_same_images(reader):
 
 
 def test_units_are_drawn_by_the_seed_and_named_where_they_are_classes():
-    drawn = gradient_ascent.choose_units(None, 4, 100, names=None, seed=3, layer="layer2")
-    assert drawn == gradient_ascent.choose_units(None, 4, 100, names=None, seed=3, layer="layer2")
+    drawn = gradient_ascent.numbers_of_units(None, 4, 100, names=None, seed=3, layer="layer2")
+    assert drawn == gradient_ascent.numbers_of_units(None, 4, 100, names=None, seed=3, layer="layer2")
     assert len(set(drawn)) == 4
-    assert gradient_ascent.choose_units(["cat", 0], 4, 2, names=["ant", "cat"], seed=0, layer="logits") == [1, 0]
+    assert gradient_ascent.numbers_of_units(["cat", 0], 4, 2, names=["ant", "cat"], seed=0, layer="logits") == [1, 0]
     digits = ["0", "1", "10", "2"]  # as folders of digits are sorted: a number is the class of that name, if any
-    assert gradient_ascent.choose_units([2, "10", 3], 4, 4, names=digits, seed=0, layer="logits") == [3, 2, 3]
+    assert gradient_ascent.numbers_of_units([2, "10", 3], 4, 4, names=digits, seed=0, layer="logits") == [3, 2, 3]
     with pytest.raises(ValueError, match=r"units of layer2 are numbers 0 to 7; got \[8\]"):
-        gradient_ascent.choose_units([8], 4, 8, names=None, seed=0, layer="layer2")
+        gradient_ascent.numbers_of_units([8], 4, 8, names=None, seed=0, layer="layer2")
 
 
 # ---- deepdream -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def look(scene: Scene) -> Look:
         mean=scene.mean,
         std=scene.std,
         sizes=octave_sizes(
-            scene.image_size, settings.octaves, settings.octave_scale, multiple=patch_size(scene.backbone)
+            scene.image_size, settings.octaves, settings.octave_scale, multiple=multiple_of_sides(scene.backbone)
         ),
         steps=settings.steps,
         step_size=settings.step_size,
@@ -100,7 +100,7 @@ def look(scene: Scene) -> Look:
     )
 
 
-def patch_size(network: nn.Module) -> tuple[int, int]:
+def multiple_of_sides(network: nn.Module) -> tuple[int, int]:
     """Rows and columns of pixels of which the sides of images must be multiples."""
     size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     if isinstance(size, int):

@@ -83,7 +83,7 @@ def look(scene: Scene) -> Look:
     shown = scene.shown(max(scene.config.num_images, COMPARED))
     with torch.no_grad():
         real = torch.cat([activations(part) for part in shown.image.split(scene.config.batch_size)])  # (B, units)
-    units = choose_units(
+    units = numbers_of_units(
         plain(settings.units), settings.num_units, real.shape[1], names=names, seed=scene.seed, layer=layer
     )
     side = min(scene.image_size)
@@ -184,7 +184,7 @@ def unit_activations(scene: Scene, layer: str | None, place: str) -> tuple[Activ
     return read, chosen.layer, None
 
 
-def choose_units(
+def numbers_of_units(
     given: Sequence[Any] | None, num: int, total: int, *, names: list[str] | None, seed: int, layer: str
 ) -> list[int]:
     """The numbers of the units that are meant, or of `num` drawn by the seed. Raises ValueError for those not there."""
