@@ -18,10 +18,13 @@ from eval import finetune
 from eval.config import register
 from eval.finetune import FinetuneConfig
 from eval.head_file import save_head
-from eval.look import command, estimate, feature_map, filters, neighbours, pca_tokens
+from eval.look import activations, command, estimate, feature_map, filters, neighbours, pca_tokens, pretext, views
 from eval.look.drawing import captioned, colour, overlay
+from eval.look.inversion import invert
+from eval.look.layer_places import choose_layer
 from eval.look.result import DoesNotApply, Look, write_look
 from eval.look.scene import Scene
+from eval.look.shortcuts import divide
 from eval.look.table import LOOKS, Entry
 from ssl import checkpoint
 from ssl.pretrain import make_method
@@ -337,6 +340,28 @@ def test_the_time_of_features_is_told_once_while_they_are_made(simclr, monkeypat
     scene.features()
     scene.features()
     assert capsys.readouterr().out.count("features of 24 images of") == 1
+
+
+def test_the_time_of_views_activations_and_probes_is_told_too(simclr, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "SOON", 0.0)
+    monkeypatch.setattr(estimate, "LONG", -1.0)
+    scene = make_scene(simclr, "[views,activations,pretext]", "batch_size=4", "sample=24")
+    views.look(scene)
+    activations.look(scene)
+    pretext.look(scene)
+    told = capsys.readouterr().out
+    for what in ("views of 4 images", "activations of 24 images", "features of 96 patches", "a linear probe of 96"):
+        assert what in told
+
+
+def test_what_is_too_small_to_be_looked_at_does_not_apply_and_does_not_stop_the_others():
+    with pytest.raises(DoesNotApply, match="needs 20 images or more, got 12"):
+        divide(np.arange(12))
+    with pytest.raises(DoesNotApply, match="no layer whose values have places"):
+        choose_layer({}, None, model=nn.Flatten(), key="layer")
+    settings = {"mean": [0.5], "std": [0.5], "steps": 1, "step_size": 0.1, "tv_weight": 0.0, "alpha_weight": 0.0}
+    with pytest.raises(DoesNotApply, match="nothing but zeros"):
+        invert(torch.zeros_like, torch.ones(1, 1, 4, 4), **settings)
 
 
 def test_an_estimate_is_the_time_of_a_part_times_the_parts(monkeypatch, capsys):
