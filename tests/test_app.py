@@ -11,8 +11,8 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import eval.app.server as app_server_module
 import eval.app.uploads as uploads
 from eval.app import connections
-from eval.app.command import check_packages, run
+from eval.app.command import check_packages, main, run
 from eval.app.guard import host_of, names_of
 from eval.app.server import listen
 from eval.app.uploads import Refused, decode_upload, read_body
@@ -43,7 +44,6 @@ from tests.app_server import Served, app_config, png_of, serving
 from tests.image_list import jpeg, png
 from tests.scenes import EMBEDDED, SHORT, TINY_RESNET, compose_config, pretrained
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["ant", "bee", "<b>cat</b>"]
 TINY_CONVNEXT = ["model=convnext_t", "+model.args.depths=[1,1,1,1]", "+model.args.dims=[8,8,16,16]"]
 SMALL_LIMITS = ["max_upload_mib=1", "max_megapixels=2"]
@@ -903,27 +903,42 @@ def test_a_package_that_is_missing_is_named_with_how_to_install_it():
         check_packages(("uvicorn", "no_such_package"))
 
 
-def test_the_command_serves_until_it_is_interrupted(simclr):
+def test_the_command_serves_until_it_is_interrupted(simclr, monkeypatch, capsys):
+    """In this process, of which Ctrl-C reaches the main thread, as it does of a command's own."""
+    places: list[socket.socket] = []
+
+    def listening(host: str, port: int) -> socket.socket:
+        places.append(listen(host, port))
+        return places[-1]
+
+    monkeypatch.setattr(app_server_module, "listen", listening)
+    before = signal.getsignal(signal.SIGINT)
+    answered, returned = [], threading.Event()
+
+    def ask_and_interrupt() -> None:
+        try:
+            while not places and not returned.wait(0.01):
+                pass
+            address = f"http://127.0.0.1:{places[0].getsockname()[1]}/api/about"
+            with urllib.request.urlopen(address, timeout=20) as answer:  # waits until it serves
+                answered.append(answer.status)
+        finally:
+            if not returned.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    asking = threading.Thread(target=ask_and_interrupt)
+    asking.start()
     words = [f"ckpt={simclr}", "port=0", "device=cpu", "threads=1", "sample=16", "num_images=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eval.app", *words],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    monkeypatch.setattr(sys, "argv", ["eval.app", *words])
+    GlobalHydra.instance().clear()
     try:
-        assert process.stdout is not None
-        line = next(line for line in process.stdout if line.startswith("serving on "))
-        address = line.split()[2]
-        with urllib.request.urlopen(f"{address}api/about", timeout=20) as answer:
-            assert answer.status == 200
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        main()  # another exit code than 0 is a SystemExit
     finally:
-        process.kill()
-    assert (process.returncode, out.strip()) == (0, "stopped")
-    assert "Traceback" not in err
+        returned.set()
+        asking.join(20)
+    said = capsys.readouterr()
+    assert answered == [200]
+    assert said.out.strip().endswith("stopped")
+    assert "serving on http://127.0.0.1:" in said.out
+    assert "Traceback" not in said.err
+    assert signal.getsignal(signal.SIGINT) is before
