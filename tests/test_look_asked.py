@@ -61,6 +61,7 @@ GRADIENT_LOOKS = {
     "occlusion": ["occlusion.window=16"],
     "gradcam": [],
     "deepdream": ["deepdream.octaves=1", "deepdream.steps=2"],
+    "pca_tokens": ["pca_tokens.layer=1"],
 }
 
 

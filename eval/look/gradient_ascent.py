@@ -32,6 +32,7 @@ from ssl.config import plain
 from ssl.pictures import to_uint8
 
 if TYPE_CHECKING:
+    from eval.look.samples import Shown
     from eval.look.scene import Scene
 
 Activations = Callable[[Tensor], Tensor]
@@ -86,8 +87,53 @@ def look(scene: Scene) -> Look:
     units = numbers_of_units(
         plain(settings.units), settings.num_units, real.shape[1], names=names, seed=scene.seed, layer=layer
     )
-    side = min(scene.image_size)
-    ascent = ascend(
+    ascent = _climbed(scene, activations, units)
+    trace = ascent.trace.cpu().numpy()  # (U, steps + 1)
+    best = _Best(*(each.tolist() for each in real[:, units].max(0)))
+    titles = [names[unit] if names else f"unit {unit}" for unit in units]
+    beaten = sum(end > value for end, value in zip(trace[:, -1].tolist(), best.value))
+    silent = [title for i, title in enumerate(titles) if np.ptp(trace[i]) == 0]
+    lines = [
+        f"{beaten} of {len(units)} made images activate their unit of {layer} more than any of {len(shown)} images does"
+    ]
+    if silent:
+        lines.append(f"no gradient reaches {', '.join(silent)}: these units are silent, and their images noise")
+    told = [
+        {
+            "unit": unit,
+            "name": names[unit] if names else None,
+            "start": float(trace[i, 0]),
+            "end": float(trace[i, -1]),
+            "best_image": shown.names[best.place[i]],
+            "best_image_activation": best.value[i],
+        }
+        for i, unit in enumerate(units)
+    ]
+    return Look(
+        pictures={"": _picture(scene, shown, ascent, best, titles, layer)},
+        data={"layer": layer, "units": told},
+        arrays={"image": ascent.image.cpu().numpy(), "trace": trace},
+        metrics={"above_best_image": beaten / len(units)},
+        lines=lines,
+    )
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Of each unit (U,) the greatest activation by an image of the data, and that image's place among those shown."""
+
+    value: list[float]
+    place: list[int]
+
+
+def _climbed(scene: Scene, activations: Activations, units: Sequence[int]) -> Ascent:
+    """An image for each unit, as the settings say."""
+    settings = scene.config.gradient_ascent
+    regularisers = Regularisers(
+        jitter=max(min(scene.image_size) // 16, 1) if settings.jitter is None else settings.jitter,
+        **{key: settings[key] for key in ("l2_decay", "blur_every", "blur_sigma", "clip_norm", "clip_contribution")},
+    )
+    return ascend(
         activations,
         units,
         image_size=scene.image_size,
@@ -95,61 +141,25 @@ def look(scene: Scene) -> Look:
         std=scene.std,
         steps=settings.steps,
         step_size=settings.step_size,
-        regularisers=Regularisers(
-            jitter=max(side // 16, 1) if settings.jitter is None else settings.jitter,
-            **{
-                key: settings[key] for key in ("l2_decay", "blur_every", "blur_sigma", "clip_norm", "clip_contribution")
-            },
-        ),
+        regularisers=regularisers,
         seed=scene.seed,
         device=scene.device,
         say=True,
     )
-    trace = ascent.trace.cpu().numpy()  # (U, steps + 1)
-    best = real[:, units].max(0)
-    titles = [names[unit] if names else f"unit {unit}" for unit in units]
-    pictures = to_uint8(ascent.image, scene.mean, scene.std)
-    beaten = [bool(trace[i, -1] > float(best.values[i])) for i in range(len(units))]
-    rows = [list(pictures), [shown.pixels[int(place)] for place in best.indices]]
-    captions = [
-        [f"{title}: {trace[i, 0]:.2g} to {trace[i, -1]:.3g}" for i, title in enumerate(titles)],
-        [f"{float(value):.3g}" for value in best.values],
-    ]
-    silent = [title for i, title in enumerate(titles) if np.ptp(trace[i]) == 0]
-    return Look(
-        pictures={
-            "": captioned(
-                rows,
-                captions=captions,
-                row_titles=["made from noise", f"the best of {len(shown)} images"],
-                title=f"Images that activate units of {layer}, with the activation",
-                min_side=160,
-            )
-        },
-        data={
-            "layer": layer,
-            "units": [
-                {
-                    "unit": unit,
-                    "name": names[unit] if names else None,
-                    "start": float(trace[i, 0]),
-                    "end": float(trace[i, -1]),
-                    "best_image": shown.names[int(best.indices[i])],
-                    "best_image_activation": float(best.values[i]),
-                }
-                for i, unit in enumerate(units)
-            ],
-        },
-        arrays={"image": ascent.image.cpu().numpy(), "trace": trace},
-        metrics={"above_best_image": float(np.mean(beaten))},
-        lines=[
-            f"{sum(beaten)} of {len(units)} made images activate their unit of {layer} more than any of "
-            f"{len(shown)} images does",
-            *(
-                [f"no gradient reaches {', '.join(silent)}: these units are silent, and their images noise"]
-                * bool(silent)
-            ),
+
+
+def _picture(scene: Scene, shown: Shown, ascent: Ascent, best: _Best, titles: Sequence[str], layer: str) -> np.ndarray:
+    """The made images, and below each the one of the data that activates its unit most."""
+    trace = ascent.trace.tolist()  # (U, steps + 1)
+    return captioned(
+        [list(to_uint8(ascent.image, scene.mean, scene.std)), [shown.pixels[place] for place in best.place]],
+        captions=[
+            [f"{title}: {way[0]:.2g} to {way[-1]:.3g}" for title, way in zip(titles, trace)],
+            [f"{value:.3g}" for value in best.value],
         ],
+        row_titles=["made from noise", f"the best of {len(shown)} images"],
+        title=f"Images that activate units of {layer}, with the activation",
+        min_side=160,
     )
 
 

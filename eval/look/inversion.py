@@ -58,7 +58,43 @@ def look(scene: Scene) -> Look:
     places = find_places(scene.backbone, image_size=scene.image_size, in_chans=scene.channels)
     layers = plain(settings.layers)
     names = default_layers(places) if layers is None else _checked(layers, places, scene)
-    run = features_of(scene)
+    found = _made_again(scene, image, names)
+    kept = {name: correlation(each.image, image).tolist() for name, each in found.items()}
+    metrics = {}
+    for name, each in found.items():
+        metrics[f"{name}_start_error"] = float(each.start.mean())
+        metrics[f"{name}_error"] = float(each.end.mean())
+        metrics[f"{name}_pixel_correlation"] = float(np.mean(kept[name]))
+    return Look(
+        pictures={"": _picture(scene, pixels, found)},
+        data={
+            "images": [
+                {"path": shown.names[i], "index": int(shown.index[i]), "truth": shown.truth(i)}
+                for i in range(len(image))
+            ],
+            "depths": [
+                {
+                    "layer": name,
+                    "start_error": each.start.tolist(),
+                    "error": each.end.tolist(),
+                    "pixel_correlation": kept[name],
+                }
+                for name, each in found.items()
+            ],
+        },
+        arrays={name.replace(".", "_"): each.image.cpu().numpy() for name, each in found.items()},
+        metrics=metrics,
+        lines=[
+            f"{name}: relative error {metrics[f'{name}_start_error']:.3g} of noise, {metrics[f'{name}_error']:.3g} of "
+            f"the made image, whose pixels correlate {metrics[f'{name}_pixel_correlation']:.2f} with the image's"
+            for name in found
+        ],
+    )
+
+
+def _made_again(scene: Scene, image: Tensor, names: Sequence[str]) -> dict[str, Inversion]:
+    """Images (B, C, H, W) made again from each of the layers, as the settings say."""
+    settings, run = scene.config.inversion, features_of(scene)
     start("inversion", lambda given, rows: run(given).sum(1), image, num=settings.steps * len(image) * len(names))
     began = time.perf_counter()
     found: dict[str, Inversion] = {}
@@ -76,52 +112,21 @@ def look(scene: Scene) -> Look:
         )
         spent = time.perf_counter() - began
         print(f"inversion: {name} in {spent:.0f} s, {len(found)} of {len(names)} depths", flush=True)
-    kept = {name: correlation(each.image, image) for name, each in found.items()}
-    captions = [
-        ["image", *(f"{name}: error {each.start[i]:.2g} to {each.end[i]:.2g}" for name, each in found.items())]
-        for i in range(len(image))
-    ]
+    return found
+
+
+def _picture(scene: Scene, pixels: np.ndarray, found: dict[str, Inversion]) -> np.ndarray:
+    """A row for each image, uint8 (B, H, W, 3): itself, and made again from each layer."""
     made = {name: to_uint8(each.image, scene.mean, scene.std) for name, each in found.items()}
-    return Look(
-        pictures={
-            "": captioned(
-                [[pixels[i], *(each[i] for each in made.values())] for i in range(len(image))],
-                captions=captions,
-                title="Images made again from the values of layers, from the first to the last, "
-                "with the relative error of these values at the start and at the end",
-                min_side=160,
-            )
-        },
-        data={
-            "images": [
-                {"path": shown.names[i], "index": int(shown.index[i]), "truth": shown.truth(i)}
-                for i in range(len(image))
-            ],
-            "depths": [
-                {
-                    "layer": name,
-                    "start_error": each.start.tolist(),
-                    "error": each.end.tolist(),
-                    "pixel_correlation": kept[name].tolist(),
-                }
-                for name, each in found.items()
-            ],
-        },
-        arrays={name.replace(".", "_"): each.image.cpu().numpy() for name, each in found.items()},
-        metrics={
-            key: value
-            for name, each in found.items()
-            for key, value in {
-                f"{name}_start_error": float(each.start.mean()),
-                f"{name}_error": float(each.end.mean()),
-                f"{name}_pixel_correlation": float(np.mean(kept[name].tolist())),
-            }.items()
-        },
-        lines=[
-            f"{name}: relative error {float(each.start.mean()):.3g} of noise, {float(each.end.mean()):.3g} of the made "
-            f"image, whose pixels correlate {float(kept[name].mean()):.2f} with the image's"
-            for name, each in found.items()
+    return captioned(
+        [[pixels[i], *(each[i] for each in made.values())] for i in range(len(pixels))],
+        captions=[
+            ["image", *(f"{name}: error {each.start[i]:.2g} to {each.end[i]:.2g}" for name, each in found.items())]
+            for i in range(len(pixels))
         ],
+        title="Images made again from the values of layers, from the first to the last, with the relative error of "
+        "these values at the start and at the end",
+        min_side=160,
     )
 
 

@@ -33,7 +33,8 @@ def look(scene: Scene) -> Look:
         raise ValueError(f"pca_tokens.foreground must be positive, negative or null, got {settings.foreground!r}")
     shown = scene.shown()
     layer = usual_layer(scene.backbone, shown.image[:1]) if settings.layer is None else settings.layer
-    tokens = token_map(scene.backbone, shown.image, layer).cpu()  # (B, D, h, w)
+    parts = shown.image.split(scene.config.batch_size)
+    tokens = torch.cat([token_map(scene.backbone, part, layer).cpu() for part in parts])  # (B, D, h, w)
     rows, columns = tokens.shape[-2:]
     if settings.without_place and len(shown) < 2:
         raise ValueError("pca_tokens.without_place=true needs two images or more to tell a place from what it shows")
@@ -48,7 +49,7 @@ def look(scene: Scene) -> Look:
     colours, found, is_shown = token_colours(tokens, foreground=settings.foreground)  # (B, h, w, 3)
     columns_shown = [("tokens", colours)]
     if scene.loaded is not None:
-        before = token_map(scene.untrained(), shown.image, layer).cpu()
+        before = torch.cat([token_map(scene.untrained(), part, layer).cpu() for part in parts])
         before = before - before.mean(0) if settings.without_place else before
         columns_shown.append((scene.untrained_title, token_colours(before, foreground=settings.foreground)[0]))
     explained = [round(float(each), 4) for each in found.explained]
