@@ -643,6 +643,17 @@ def test_a_loss_that_rises_within_its_noise_is_no_sign_of_trouble(loss: Callable
     assert warnings_of(gather(metrics_run(tmp_path, loss=loss)), RUNNING) == []
 
 
+def test_a_wait_that_is_just_told_does_not_contradict_its_bound(tmp_path: Path):
+    (warning,) = warnings_of(gather(metrics_run(tmp_path, data_wait=lambda step: 0.104)), RUNNING)
+    assert "waits for data 10% of the time, by the median of the latter half; from 10% on" in warning.what
+
+
+def test_a_pretext_picture_that_is_missing_is_asked_of_the_page(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("method: {_target_: ssl.methods.relative_location.RelativeLocation}\n")
+    part = run_page(gather(tmp_path)).split('<h3 id="picture-pretext">')[1].split("<h3")[0]
+    assert f"python -m eval.report {tmp_path} makes it" in part
+
+
 def test_a_check_that_meets_something_odd_is_named_and_the_others_are_made(tmp_path: Path):
     metrics_run(tmp_path, data_wait=lambda step: 0.3)
     (tmp_path / "recipe.json").write_text(json.dumps({"parts": {"schedule": {"warmup_steps": "x"}}}))
