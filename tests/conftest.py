@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 import tests.slurm
@@ -25,6 +26,11 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
 
+MOST_PICTURES = 8
+"""Sets of pictures that are kept."""
+_PICTURES: dict[tuple[bytes, str, int, int], np.ndarray] = {}
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Pool]:
     """Two processes joined by gloo; `two_ranks.run(function, *args)` gives what each returned."""
@@ -38,6 +44,31 @@ def browser() -> Iterator[Browser]:
     """A real browser, for tests that open pages."""
     with opened() as chromium:
         yield chromium
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_made_once(request) -> Iterator[None]:
+    """The embedded pictures are made once for all runs of this process, of which they take most of the time.
+
+    They are a function of what they are asked by, which the tests of them judge without this.
+    """
+    import ssl.data.embedded as embedded  # not above, where torch's settings come first
+
+    def render(index: np.ndarray, *, split: str, size: int, seed: int) -> np.ndarray:
+        if len(index) == 1:  # of a set too large to be held
+            return made(index, split=split, size=size, seed=seed)
+        key = index.tobytes(), split, size, seed
+        if key not in _PICTURES:
+            if len(_PICTURES) == MOST_PICTURES:
+                _PICTURES.clear()
+            _PICTURES[key] = made(index, split=split, size=size, seed=seed)
+        return _PICTURES[key].copy()
+
+    made = embedded.render
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] != "test_embedded":
+            patch.setattr(embedded, "render", render)
+        yield
 
 
 @pytest.fixture(scope="session")
