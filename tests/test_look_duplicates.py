@@ -266,6 +266,21 @@ def test_a_shape_of_the_same_outline_in_other_colours_is_no_copy():
     assert colours[0] < COLOURS < colours[1]
 
 
+def test_a_set_of_one_outline_in_other_colours_has_one_pair_the_copy(runs, tmp_path):
+    inks = {
+        "a": ((200, 40, 30), (20, 60, 200)),
+        "b": ((60, 200, 40), (40, 60, 120)),
+        "c": ((201, 43, 30), (25, 60, 195)),
+    }
+    for name, (ground, ink) in inks.items():
+        image = Image.new("RGB", (32, 32), ground)
+        ImageDraw.Draw(image).regular_polygon((16, 16, 9), 3, fill=ink)
+        image.save(tmp_path / f"{name}.png")
+    words = ["data=folder", f"data.root={tmp_path}", "duplicates.similarity=-1"]
+    found = duplicates.look(scene(runs["simclr"], "duplicates", *words))
+    assert pairs_found(found) == {(f"{tmp_path}/a.png", f"{tmp_path}/c.png")}
+
+
 # ---- pairs and groups ----------------------------------------------------------------------------------------------
 
 
