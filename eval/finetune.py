@@ -32,8 +32,9 @@ from eval.results import environment, open_folder, write_results
 from eval.scores import details, headline
 from eval.splits import data_settings, make_splits
 from eval.subject import checkpoint_identity, load
+from eval.untrained import backbone_words
 from ssl.checkpoint import LoadedBackbone, classifier_model, find, load_backbone, read_state
-from ssl.command import run_command, run_folder
+from ssl.command import as_name, run_command, run_folder
 from ssl.config import ModelConfig, TrainingConfig, build, check, check_trainer, plain
 from ssl.launch import launch
 from ssl.models.classifier import freeze, pooling_name
@@ -259,7 +260,8 @@ def default_folder(config: DictConfig, loaded: LoadedBackbone | None, data: str)
     """Beside the judged run where one is judged, else in `runs`."""
     chosen = config.recipe
     if loaded is None:
-        return Path("runs") / f"supervised_{config.model.name}_{data}_{chosen}" / f"seed{config.seed}"
+        name = as_name(f"supervised_{backbone_words(config)}_{data}_{chosen}")
+        return Path("runs") / name / f"seed{config.seed}"
     other = "" if config.data.name == "checkpoint" else f"_{data}"
     return loaded.run_dir / "finetune" / f"{chosen}{other}" / f"seed{config.seed}"
 
@@ -271,7 +273,7 @@ def _settings(config: DictConfig) -> dict[str, Any]:
 
 
 def _what(config: DictConfig, loaded: LoadedBackbone | None) -> str:
-    return str(loaded.path) if loaded is not None else f"{config.model.name} from random weights"
+    return str(loaded.path) if loaded is not None else f"{backbone_words(config)} from random weights"
 
 
 def _say(metrics: dict[str, float], protocol: dict[str, Any], path: Path) -> None:

@@ -20,9 +20,13 @@ def untrained_title(config: DictConfig) -> str:
 
 def untrained_folder(config: DictConfig, *, data: str) -> Path:
     """Where results of ckpt=random lie; no two backbones share a folder."""
+    return Path("runs") / as_name(f"random_{backbone_words(config)}_{data}") / f"seed{config.seed}"
+
+
+def backbone_words(config: DictConfig) -> str:
+    """Part of a folder's name: the preset, and what was changed of it."""
     words = [re.sub("-+", "-", as_name(word)).strip("-") for word in _changes(config)]
-    name = as_name("_".join(["random", _preset(config), *words, data]))
-    return Path("runs") / name / f"seed{config.seed}"
+    return "_".join([_preset(config), *words])
 
 
 def _preset(config: DictConfig) -> str:
