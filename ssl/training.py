@@ -96,7 +96,8 @@ def train(
     together and for a run of another recipe in `out`, StopRun where an evaluation ended the run, now or before.
     """
     settings = config.trainer
-    report: Report | None = build(config.report) if config.report else None
+    page = config.get("report")  # a probe's training has none
+    report: Report | None = build(page) if page else None
     source, mean, std = images.source, images.mean, images.std
     deadline = deadline_of(settings.max_time)
 
