@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.images import read_views
 from eval.look.drawing import boxed, captioned
-from eval.look.estimate import Estimate
 from eval.look.labels import class_name
 from eval.look.layer_places import Places, choose_layer, find_places
 from eval.look.result import Look
@@ -69,7 +67,8 @@ def look(scene: Scene) -> Look:
     source = scene.source(scene.split)
     index = sample_index(source, scene.config.sample, scene.seed)
     failed: dict[int, str] = {}
-    batches = _batches(scene, Subset(source, index), failed)
+    images = scene.batches(Subset(source, index), "activations", failed)
+    batches = ((torch.from_numpy(place), image) for place, image in images)
     excited = most_exciting(scene.backbone, places, batches, num_images=settings.num_patches)
     num_seen = len(index) - len(failed)
     units = choose_units(excited, units=settings.units, choose=settings.choose, num=settings.num_units, seed=scene.seed)
@@ -202,28 +201,6 @@ def _along(start: int, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a tile, and which of them are in the box and in the image."""
     rows = np.arange(start, start + size) if size < side else np.arange(side)
     return rows, (rows >= max(start, 0)) & (rows < min(start + size, side))
-
-
-def _batches(scene: Scene, source: Source, failed: dict[int, str]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Numbers within `source` and normalised images; what cannot be decoded is left out, noted and told in `failed`.
-
-    Raises ValueError where that is all.
-    """
-    estimate = Estimate(f"activations of {len(source):,} images", len(source))
-    for views in read_views(
-        source,
-        size=scene.image_size,
-        channels=scene.channels,
-        batch_size=scene.config.batch_size,
-        threads=scene.config.threads,
-    ):
-        failed |= views.failed
-        if len(views.index):
-            yield torch.from_numpy(views.index), scene.normalised(views)
-            estimate.at(int(views.index[-1]) + 1)
-    scene.note_bad(failed)
-    if len(failed) == len(source):
-        raise ValueError(f"none of the {len(failed)} images of {source.name} can be decoded")
 
 
 def _pixels(scene: Scene, source: Source, index: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -405,24 +405,10 @@ class Scene:
         """Features of the images of `source` at `index`, in this order."""
         network = self.backbone if model is None else model
         extract = self.extract(network)
-        chosen = Subset(source, index)
         features, readable, failed = [], [], {}
-        estimate = Estimate(f"features of {len(index):,} images of {source.name}", len(index))
-        for views in read_views(
-            chosen,
-            size=self.image_size,
-            channels=self.channels,
-            batch_size=self.config.batch_size,
-            threads=self.config.threads,
-        ):
-            failed |= views.failed
-            if len(views.index):
-                features.append(extract(self.normalised(views)).float().cpu())  # (B, D)
-                readable.append(views.index)
-            estimate.at(sum(map(len, readable)) + len(failed))
-        self.note_bad(failed)
-        if not readable:
-            raise ValueError(f"none of the {len(index)} images of {source.name} can be decoded")
+        for place, image in self.batches(Subset(source, index), "features", failed):
+            features.append(extract(image).float().cpu())  # (B, D)
+            readable.append(place)
         every, place = torch.cat(features), index[np.concatenate(readable)]  # (N, D), (N,)
         if not torch.isfinite(every).all():
             raise ValueError(f"{self.title} gives features that are not finite; it has diverged: give an earlier step")
@@ -433,6 +419,29 @@ class Scene:
             names=[source.describe(int(each)) for each in place],
             num_bad=len(failed),
         )
+
+    def batches(self, source: Source, what: str, failed: dict[int, str]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Numbers (B,) within `source` and images (B, C, h, w), normalised, of all that can be decoded.
+
+        Says how long the `what` of them will take. Those that cannot be decoded are noted, and told in `failed`. Raises
+        ValueError where that is all of them.
+        """
+        name = source.source.name if isinstance(source, Subset) else source.name
+        estimate = Estimate(f"{what} of {len(source):,} images of {name}", len(source))
+        for views in read_views(
+            source,
+            size=self.image_size,
+            channels=self.channels,
+            batch_size=self.config.batch_size,
+            threads=self.config.threads,
+        ):
+            failed |= views.failed
+            if len(views.index):
+                yield views.index, self.normalised(views)
+                estimate.at(int(views.index[-1]) + 1)
+        self.note_bad(failed)
+        if len(failed) == len(source):
+            raise ValueError(f"none of the {len(failed)} images of {name} can be decoded")
 
     def extract(self, model: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
         """The function from normalised images (B, C, h, w) to features (B, D), pooled as `pooling` says."""
