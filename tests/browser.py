@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,13 @@ class Visit:
     """Exceptions that no script caught."""
     requests: list[str] = field(default_factory=list)
     """Addresses that were asked for, but for `data:` and `blob:`, which leave the browser not."""
+
+    def until(self, script: str, arg: Any = None) -> None:
+        """Wait until the function is true in the page. Playwright's own way evaluates text, which our policy bars."""
+        last = time.monotonic() + 60
+        while not self.page.evaluate(script, arg):
+            assert time.monotonic() < last, script
+            self.page.wait_for_timeout(20)
 
     def check(self, *own: str) -> None:
         """Assert that nothing went wrong, and that nothing but the addresses that begin with `own` was asked for."""
@@ -59,7 +67,7 @@ class Browser:
             reduced_motion="reduce" if reduced_motion else "no-preference",
             has_touch=touch,
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         visit = Visit(context.new_page())
         visit.page.on(
             "console", lambda said: visit.console.append(said.text) if said.type in ("error", "warning") else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,18 +69,9 @@ def opened(browser: Browser, served: Served, **how: Any) -> Visit:
     return visit
 
 
-def until(visit: Visit, script: str, arg: Any = None) -> None:
-    """Wait until the function is true in the page. Playwright's own way evaluates text, which its policy bars."""
-    last = time.monotonic() + 60
-    while not visit.page.evaluate(script, arg):
-        assert time.monotonic() < last, script
-        visit.page.wait_for_timeout(20)
-
-
 def finished(visit: Visit) -> str:
     """What is announced once an image was looked at, its reconstruction included."""
-    until(
-        visit,
+    visit.until(
         "() => /^Done/.test(document.getElementById('status').textContent) && "
         "document.getElementById('result').getAttribute('aria-busy') === 'false' && "
         "document.getElementById('maps-part').getAttribute('aria-busy') === 'false'",
@@ -110,8 +100,7 @@ def train_image(served: Served, place: int) -> bytes:
 
 def pictures_are_drawn(visit: Visit, selector: str) -> int:
     """How many pictures there are; each must have pixels."""
-    until(
-        visit,
+    visit.until(
         "(s) => [...document.querySelectorAll(s)].every((image) => image.complete && image.naturalWidth > 0)",
         arg=selector,
     )
@@ -140,7 +129,7 @@ def test_a_neighbour_and_an_example_can_be_looked_at_by_keyboard(browser, mae):
     seen = visit.page.get_attribute("#seen", "src")
     visit.page.locator("#neighbours button").first.focus()
     visit.page.keyboard.press("Space")
-    until(visit, "(old) => document.getElementById('seen').src !== old", arg=seen)
+    visit.until("(old) => document.getElementById('seen').src !== old", arg=seen)
     finished(visit)
     visit.page.keyboard.press("Tab")
     visit.check(mae.address)
@@ -179,7 +168,7 @@ def test_the_reconstruction_follows_the_slider_and_the_button(browser, mae):
     made = [visit.page.get_attribute("#masked", "src")]
 
     def changed() -> str:
-        until(visit, "(old) => document.getElementById('masked').src !== old", arg=made[-1])
+        visit.until("(old) => document.getElementById('masked').src !== old", arg=made[-1])
         made.append(visit.page.get_attribute("#masked", "src"))
         return visit.page.inner_text("#masked-note")
 
@@ -244,7 +233,7 @@ def test_a_bomb_and_a_cut_off_image_are_answered_in_words(browser, mae):
     choose(visit, png_of(50_000, 50_000))
     assert "more pixels than the 50 million" in complaint(visit)
     choose(visit, png(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8))[:9000])
-    until(visit, "() => /cut off/.test(document.getElementById('problem').textContent)")
+    visit.until("() => /cut off/.test(document.getElementById('problem').textContent)")
 
 
 def test_text_that_is_dropped_leaves_the_page_where_it_is(browser, mae):
@@ -274,7 +263,7 @@ def test_a_busy_model_is_waited_for(browser, mae, monkeypatch):
 
     monkeypatch.setattr(inspector, "look", busy_once)
     visit.page.click("#example-list button")
-    until(visit, "() => /busy/.test(document.getElementById('status').textContent)")
+    visit.until("() => /busy/.test(document.getElementById('status').textContent)")
     finished(visit)
     assert len(calls) == 2
 
@@ -282,7 +271,7 @@ def test_a_busy_model_is_waited_for(browser, mae, monkeypatch):
 def test_the_last_image_asked_for_is_the_one_that_is_shown(browser, mae):
     visit = opened(browser, mae)
     visit.page.evaluate("for (const each of document.querySelectorAll('#example-list button')) each.click()")
-    until(visit, "() => /^Done/.test(document.getElementById('status').textContent)")
+    visit.until("() => /^Done/.test(document.getElementById('status').textContent)")
     last = visit.page.locator("#example-list button span").last.inner_text()
     assert finished(visit).startswith(f"Done: {last}.")
 

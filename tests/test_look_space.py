@@ -517,7 +517,7 @@ def test_the_pointer_shows_an_image_and_a_class_can_be_shown_alone(browser, tmp_
     dot.scroll_into_view_if_needed()
     box = dot.bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    visit.page.wait_for_function("document.getElementById('map-text').textContent.includes('photo_11')")
+    visit.until("() => document.getElementById('map-text').textContent.includes('photo_11')")
     visit.page.get_by_role("button", name="class 2").click()
     opacity = visit.page.evaluate("document.querySelector('.map-plot').data[0].marker.opacity")
     assert [value > 0 for value in opacity] == [False] * 6 + [True] * 3

@@ -93,6 +93,7 @@ def test_the_log_scale_the_axis_and_the_table_are_worked_by_the_keyboard(visit: 
     summary.focus()
     visit.page.keyboard.press("Enter")
     rows = visit.page.locator("#chart-loss tbody tr")
+    rows.first.wait_for()  # a browser tells the script later that the part was opened
     assert rows.count() == 6
     assert rows.first.locator("td").first.text_content() == "0.333333"  # in epochs, as was chosen
 
@@ -194,7 +195,7 @@ def test_a_single_value_is_a_large_point_over_an_axis_from_zero(browser: Browser
 def test_the_command_is_copied(visit: Visit):
     button = visit.page.locator("button[data-copy=again]")
     button.click()
-    visit.page.wait_for_function("document.querySelector('button[data-copy=again]').textContent !== 'Copy'")
+    visit.until("() => document.querySelector('button[data-copy=again]').textContent !== 'Copy'")
     assert button.text_content() == "Copied"
 
 
