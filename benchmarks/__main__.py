@@ -49,7 +49,7 @@ def main(words: list[str] | None = None) -> int:
     if given.threads is not None:  # before torch, scikit-learn and faiss are imported, which read it once
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(given.threads)
-    import ssl.openmp  # before torch  # noqa: F401
+    import ssl.runtime  # before torch  # noqa: F401
 
     # isort: split
     import torch

@@ -10,7 +10,7 @@ benchmarks/compare.py.
 
 from __future__ import annotations
 
-import ssl.openmp  # before torch  # noqa: F401
+import ssl.runtime  # before torch  # noqa: F401
 
 # isort: split
 import argparse

@@ -14,7 +14,7 @@ class and a few directions carry most of the variance. The bank is in random ord
 
 from __future__ import annotations
 
-import ssl.openmp  # before torch  # noqa: F401
+import ssl.runtime  # before torch  # noqa: F401
 
 # isort: split
 import argparse

@@ -16,4 +16,4 @@ import ssl  # noqa: E402
 if not hasattr(ssl, "__path__"):
     ssl.__path__ = [str(ROOT / "ssl")]
 
-import ssl.openmp  # noqa: E402  # before torch
+import ssl.runtime  # noqa: E402  # before torch

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ssl.interrupted  # before what takes seconds
-import ssl.openmp  # before torch  # noqa: F401
+import ssl.runtime  # before torch  # noqa: F401
 
 # isort: split
 import sys

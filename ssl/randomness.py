@@ -53,6 +53,8 @@ def uniforms_by_use(seed: int, epoch: int, index: np.ndarray, counts: dict[str, 
     if index.ndim != 1 or (index.size and index.min() < 0):
         raise ValueError(f"image indices must be a vector of numbers >= 0, got shape {index.shape}: {index[:4]}")
     blocks = [(block, zlib.crc32(use.encode())) for use, count in counts.items() for block in range(-(-count // 4))]
+    if not blocks:
+        return {use: np.empty((index.size, 0), np.float32) for use in counts}
     block, hashed_use = np.array(blocks, np.uint64).reshape(-1, 2).T  # (blocks,) each
     place = index.astype(np.uint64)[:, None]  # (B, 1)
     words = philox((place & _LOW, place >> _HALF, block, epoch), (seed, hashed_use))  # (B, blocks, 4)

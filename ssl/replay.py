@@ -7,7 +7,7 @@ help. The weights are those from before the step; the batch, its cut into parts 
 from __future__ import annotations
 
 import ssl.interrupted  # before what takes seconds
-import ssl.openmp  # before torch  # noqa: F401
+import ssl.runtime  # before torch  # noqa: F401
 
 # isort: split
 import json

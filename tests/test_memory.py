@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 from ssl.data.bad_images import BadList
 from ssl.data.decode import crop_resize
-from ssl.data.memory import common_size, crop_resize_batch, hold, resize_weights
+from ssl.data.memory import common_size, crop_resize_batch, hold, resize_taps
 from tests.image_list import ImageList, png
 
 
@@ -37,9 +37,10 @@ def test_weights_are_those_of_float_interpolate(interpolation, length, target):
     start, source = 3, 20
     unit = torch.eye(length)[:, None, :, None].repeat(1, 1, 1, 2)  # torch 2.15 resizes a single column wrongly
     expected = interpolate(unit, (target, 2), mode=interpolation, antialias=True)[:, 0, :, 0].T  # (target, length)
-    weights = resize_weights(
+    (place,), (weight,) = resize_taps(
         torch.tensor([start]), torch.tensor([length]), source=source, target=target, interpolation=interpolation
-    )[0]
+    )
+    weights = torch.zeros(target, source).scatter_add_(1, place.long(), weight)
     torch.testing.assert_close(weights[:, start : start + length], expected, atol=1e-5, rtol=0)
     assert weights[:, :start].abs().max() == 0
     assert weights[:, start + length :].abs().max() == 0

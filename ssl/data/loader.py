@@ -21,6 +21,7 @@ from ssl.data.decode import crop_resize
 from ssl.data.memory import MemoryImages, common_size, hold
 from ssl.data.policies import apply_policy_
 from ssl.data.reader import UNREADABLE, Reader
+from ssl.data.recycled import Recycled
 from ssl.data.stream import Reading, groups_of
 from ssl.data.threads import ShouldStop, available_cores, chunk_bounds, run_ahead
 from ssl.data.window import Step, WindowOrder, sequential_steps
@@ -41,6 +42,9 @@ Parameters = dict[str, np.ndarray]
 # must be; above these sizes nothing is gained, and a stop has to wait for longer.
 DECODED_CHUNK = (8, 32)
 HELD_CHUNK = (64, 256)
+DRAWN_TOGETHER = 2048
+"""Held images whose views' numbers are drawn at once, by the consumer: in the threads numpy's many short calls, each of
+which lets go of the interpreter's lock, would make them wait for each other."""
 
 
 class Loader:
@@ -105,6 +109,7 @@ class Loader:
         if self.memory is not None:  # all of them were looked at
             self.bad_list.count(self.bad_list.messages)
         self.image_shape = self._image_shape()
+        self._recycled = Recycled()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __len__(self) -> int:
@@ -131,6 +136,12 @@ class Loader:
             how += f", streamed in {len(self.groups):,} row groups, mixed in a window of {settings.window:,} images"
         return f"{len(self):,} images{size} {how}"
 
+    def empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uninitialised uint8 memory for a batch, pinned where there is a GPU; used again once nothing refers to it."""
+        if self.pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # which torch uses again by itself
+        return self._recycled.empty(shape, torch.uint8)
+
     def steps_per_epoch(self, global_batch_size: int) -> int:
         """Whole batches in an epoch; what is left over differs by epoch. Raises ValueError if there is none."""
         return whole_batches(len(self), global_batch_size, where=self.source.name)
@@ -153,10 +164,14 @@ class Loader:
         share = global_batch_size // world_size
 
         def jobs() -> Iterator[_BatchJob]:
-            for step in range(start_step, stop_step):
+            step = start_step
+            while step < stop_step:
                 epoch, number = divmod(step, per_epoch)
-                position = number * global_batch_size + rank * share + np.arange(share)
-                yield self._job(shuffle(self.seed, epoch, len(self), position), epoch)
+                count = min(max(DRAWN_TOGETHER // share, 1), stop_step - step, per_epoch - number)
+                first = (number + np.arange(count)) * global_batch_size + rank * share  # (steps,)
+                index = shuffle(self.seed, epoch, len(self), first[:, None] + np.arange(share))  # (steps, B)
+                yield from self._jobs(list(index), epoch)
+                step += count
 
         return self._start(jobs())
 
@@ -170,7 +185,7 @@ class Loader:
 
         def jobs() -> Iterator[_BatchJob]:
             for start in range(first, last, batch_size):
-                yield self._job(np.arange(start, min(start + batch_size, last)), epoch)
+                yield from self._jobs([np.arange(start, min(start + batch_size, last))], epoch)
 
         return self._start(jobs())
 
@@ -199,9 +214,40 @@ class Loader:
         self.bad_list.count(missed)
         return batch
 
-    def _job(self, index: np.ndarray, epoch: int) -> _BatchJob:
-        make = _HeldBatch if self.memory is not None else _DecodedBatch
-        return make(self, index, epoch)
+    def _jobs(self, steps: list[np.ndarray], epoch: int) -> Iterator[_BatchJob]:
+        """A job for each step's images (B,)."""
+        if self.memory is None:
+            yield from (_DecodedBatch(self, index, epoch) for index in steps)
+            return
+        missed: list[set[int]] = [set() for _ in steps]
+        shown = [self._shown(index, passed_over) for index, passed_over in zip(steps, missed)]
+        drawn = self.sample(np.concatenate(steps), self.memory.sizes(np.concatenate(shown)), epoch)
+        start = 0
+        for index, images, passed_over in zip(steps, shown, missed):
+            part = slice(start, start := start + len(index))
+            own = [{name: values[part] for name, values in parameters.items()} for parameters in drawn]
+            yield _HeldBatch(self, index, epoch, shown=images, missed=passed_over, drawn=own)
+
+    def _shown(self, index: np.ndarray, missed: set[int]) -> np.ndarray:
+        """The images that stand for `index` (B,): others where these are bad, which are put into `missed`."""
+        if not self.bad:
+            return index
+        return np.array([self.bad_list.replacement(place, missed) for place in index.tolist()], np.int64)
+
+    def sample(self, index: np.ndarray, sizes: np.ndarray, epoch: int) -> list[Parameters]:
+        """Every view's parameters for the images `index` (B,) of `sizes` (B, 2), their (height, width)."""
+        return [
+            view.sample(
+                seed=self.seed,
+                epoch=epoch,
+                index=index,
+                view=number,
+                height=sizes[:, 0],
+                width=sizes[:, 1],
+                size=self.size,
+            )
+            for number, view in enumerate(self.views)
+        ]
 
     def _streamed_steps(
         self, start_step: int, stop_step: int, global_batch_size: int, rank: int, world_size: int
@@ -271,7 +317,7 @@ class _BatchJob:
             len(index), num_threads=loader.threads, smallest=smallest, largest=largest
         )
         shape = (len(index), loader.channels, *loader.size)
-        self.crops = [torch.empty(shape, dtype=torch.uint8, pin_memory=loader.pin_memory) for _ in loader.views]
+        self.crops = [loader.empty(shape) for _ in loader.views]
         self.parameters: dict[int, list[Parameters]] = {}  # by the chunk's start: V dicts
 
     def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
@@ -295,21 +341,6 @@ class _BatchJob:
         }
         return batch if loader.transform is None else loader.transform(batch), sorted(self.missed)
 
-    def sample(self, index: np.ndarray, sizes: np.ndarray) -> list[Parameters]:
-        """Every view's parameters for images of these (height, width)."""
-        return [
-            view.sample(
-                seed=self.loader.seed,
-                epoch=self.epoch,
-                index=index,
-                view=number,
-                height=sizes[:, 0],
-                width=sizes[:, 1],
-                size=self.loader.size,
-            )
-            for number, view in enumerate(self.loader.views)
-        ]
-
     def do_policy(self, view: View, crops: torch.Tensor, parameters: Parameters, number: int) -> None:
         """Flip the crop of this `number` in its chunk and do its policy, in place."""
         row = slice(number, number + 1)
@@ -326,17 +357,25 @@ class _HeldBatch(_BatchJob):
 
     chunk_limits = HELD_CHUNK
 
-    def __init__(self, loader: Loader, index: np.ndarray, epoch: int):
+    def __init__(
+        self,
+        loader: Loader,
+        index: np.ndarray,
+        epoch: int,
+        *,
+        shown: np.ndarray,
+        missed: set[int],
+        drawn: list[Parameters],
+    ):
         super().__init__(loader, index, epoch)
         assert loader.memory is not None
         self.memory: MemoryImages = loader.memory
-        if loader.bad:
-            shown = [loader.bad_list.replacement(place, self.missed) for place in index.tolist()]
-            self.shown = np.array(shown, np.int64)
+        self.shown, self.missed = shown, missed
+        self.drawn = drawn  # every view's parameters, for the whole batch
 
     def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
         shown = self.shown[start:stop]
-        parameters = self.sample(self.index[start:stop], self.memory.sizes(shown))
+        parameters = [{name: values[start:stop] for name, values in drawn.items()} for drawn in self.drawn]
         for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
             self.memory.crop(shown, drawn["box"], crops[start:stop], interpolation=view.interpolation)
             if view.policy is None:
@@ -371,7 +410,7 @@ class _DecodedBatch(_BatchJob):
                 return
             opened.append(self._read(slot, attempt=0))
         sizes = np.array([image.size for image in opened], np.int64)  # (B, 2)
-        self.parameters[start] = parameters = self.sample(self.index[start:stop], sizes)
+        self.parameters[start] = parameters = self.loader.sample(self.index[start:stop], sizes, self.epoch)
         for number, slot in enumerate(range(start, stop)):
             if should_stop():
                 return
@@ -408,7 +447,9 @@ class _DecodedBatch(_BatchJob):
                 opened = self._read(slot, attempt=opened.attempt + 1)
 
     def _sample_again(self, slot: int, number: int, parameters: list[Parameters], size: tuple[int, int]) -> None:
-        for drawn, again in zip(parameters, self.sample(self.index[slot : slot + 1], np.array([size], np.int64))):
+        for drawn, again in zip(
+            parameters, self.loader.sample(self.index[slot : slot + 1], np.array([size], np.int64), self.epoch)
+        ):
             for name, values in again.items():
                 drawn[name][number] = values[0]
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl.data.bad_images import BadList
 from ssl.data.decode import crop_resize
 from ssl.data.reader import UNREADABLE, OtherSize, Reader
+from ssl.data.recycled import Recycled
 from ssl.data.stream import groups_of
 from ssl.data.threads import Crew, ShouldStop
 
@@ -26,11 +27,10 @@ log = logging.getLogger(__name__)
 
 NUM_SAMPLED = 256
 CHUNK = 32
-# Per image, on one core: 12 us against 18 us for an interpolate call at 32 x 32, but 48 us against 23 us at 48 x 48,
-# because the work of dense products grows with the cube of the side.
-LARGEST_BATCHED = 40 * 40
-LARGEST_TABLE = 2**21  # numbers in the resampling weights of all parts of a side, 8 MiB: 38 pixels to as many
-BLOCK = 128  # images per product: larger ones fall out of a core's cache, 12 us per image become 14 and more
+# Per image, on one core: 3 us against 14 us for an interpolate call at 32 x 32, 13 us against 20 us at 64 x 64.
+LARGEST_BATCHED = 64 * 64
+LARGEST_TABLE = 2**21  # numbers in the taps of all parts of a side, 8 MiB
+BLOCK = 3 * 2**17  # bytes of images resized at once: what is made of more falls out of a core's cache
 
 
 class TooLarge(Exception):
@@ -95,17 +95,39 @@ class MemoryImages:
         """Write each image's `box` (B, 4: top, left, height, width), resized, into `out` uint8 (B, C, h, w)."""
         h, w = out.shape[-2:]
         if self.equal and (box == (0, 0, h, w)).all() and self.pixels.shape[-2:] == (h, w):
-            np.take(self.pixels, index, axis=0, out=out.numpy(), mode="clip")  # "clip" writes without a second buffer
-        elif self.equal and self.pixels.shape[-2] * self.pixels.shape[-1] <= LARGEST_BATCHED:
-            for start in range(0, len(index), BLOCK):
-                part = slice(start, start + BLOCK)
-                pixels = torch.from_numpy(self.pixels[index[part]])
+            for part in self._blocks(len(index)):
+                out[part] = self._taken(index[part])
+        elif self.equal and is_batched(self.pixels.shape[-2:]):
+            for part in self._blocks(len(index)):
                 boxes = torch.from_numpy(box[part])
-                crop_resize_batch(pixels, boxes, (h, w), interpolation=interpolation, into=out[part])
+                crop_resize_batch(self._taken(index[part]), boxes, (h, w), interpolation=interpolation, into=out[part])
         else:
             into = out.numpy()
             for slot, place in enumerate(index):
                 into[slot] = crop_resize(self.image(int(place)), tuple(box[slot].tolist()), (h, w), interpolation)
+
+    def _blocks(self, num: int) -> Iterator[slice]:
+        size = max(BLOCK // self.pixels[0].size, 1)
+        yield from (slice(start, start + size) for start in range(0, num, size))
+
+    def _taken(self, index: np.ndarray) -> Tensor:
+        """Images (B, C, H, W), in memory as they are held."""
+        if is_batched(self.pixels.shape[-2:]):
+            return torch.from_numpy(self.pixels.transpose(0, 3, 1, 2)[index]).permute(0, 2, 3, 1)
+        return torch.from_numpy(self.pixels[index])
+
+
+def is_batched(size: Sequence[int]) -> bool:
+    """Whether images of this (height, width) are resized many at once, which larger ones gain nothing from."""
+    return size[0] * size[1] <= LARGEST_BATCHED
+
+
+def empty_images(num: int, channels: int, size: Sequence[int]) -> np.ndarray:
+    """Uninitialised uint8 (N, C, H, W), in memory with the axis first that is resized first."""
+    height, width = size
+    if is_batched(size):
+        return np.empty((num, width, channels, height), np.uint8).transpose(0, 2, 3, 1)
+    return np.empty((num, height, width, channels), np.uint8).transpose(0, 3, 1, 2)
 
 
 def crop_resize_batch(
@@ -113,48 +135,64 @@ def crop_resize_batch(
 ) -> Tensor:
     """Crop and resize uint8 images (B, C, H, W) with one `box` (B, 4) each to uint8 (B, C, h, w), `into` where given.
 
-    Equal to torch's antialiased interpolate of each crop to one level: two matrix products per image, whose matrices
-    hold the resampling weights of the crop and zeros beside it.
+    Equal to torch's antialiased interpolate of each crop to one level: along the width, then the height, each line of
+    the result is a weighted sum of a few lines of the image, which is what torch's embedding bags are fast at. Fastest
+    where `pixels` lie in memory as those of `empty_images`.
     """
     num, channels, height, width = pixels.shape
     h, w = size
-    rows = _weights("rows", box[:, 0], box[:, 2], source=height, target=h, interpolation=interpolation)
-    columns = _weights("columns", box[:, 1], box[:, 3], source=width, target=w, interpolation=interpolation)
-    # Channels stand between the sides, so that one product per image serves them all both times.
-    image = _scratch.take("pixels", num, height, channels, width).copy_(pixels.transpose(1, 2))
-    out = _scratch.take("narrowed", num, height * channels, w)
-    image = torch.bmm(image.view(num, height * channels, width), columns.transpose(1, 2), out=out)  # (B, H*C, w)
+    lines = _scratch.take("pixels", num, width, channels, height).copy_(pixels.permute(0, 3, 1, 2))
+    taps = _taps(box[:, 1], box[:, 3], source=width, target=w, interpolation=interpolation)
+    columns = _weighted_sums(lines.view(num * width, channels * height), *taps)  # (B*w, C*H)
     if interpolation == "bicubic":
-        image.clamp_(0, 255)  # torch's uint8 path stores a uint8 between the passes
-    half = image.new_full((1, 1, 1), 0.5)  # rounds, because the cast to uint8 truncates
-    out = _scratch.take("resized", num, h, channels * w)
-    image = torch.baddbmm(half, rows, image.view(num, height, channels * w), out=out)  # (B, h, C*w)
+        columns.clamp_(0, 255)  # torch's uint8 path stores a uint8 between the passes
+    lines = _scratch.take("turned", num, height, channels, w)
+    lines.copy_(columns.view(num, w, channels, height).permute(0, 3, 2, 1))
+    taps = _taps(box[:, 0], box[:, 2], source=height, target=h, interpolation=interpolation)
+    rows = _weighted_sums(lines.view(num * height, channels * w), *taps).add_(0.5)  # (B*h, C*w), about to be cut off
     if interpolation == "bicubic":
-        image.clamp_(0, 255)
+        rows.clamp_(0, 255)
+    whole = rows.numpy().astype(np.uint8).reshape(num, h, channels, w)  # numpy's cast takes a quarter of torch's time
     into = torch.empty(num, channels, h, w, dtype=torch.uint8) if into is None else into
-    return into.copy_(image.view(num, h, channels, w).transpose(1, 2))
+    return into.copy_(torch.from_numpy(whole).transpose(1, 2))
 
 
-def _weights(use: str, start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> Tensor:
-    """`resize_weights`, picked out of those of all parts where these are not too many."""
-    out = _scratch.take(use, len(start), target, source)
-    if source**3 * target > LARGEST_TABLE:
-        return resize_weights(start, length, source=source, target=target, interpolation=interpolation, out=out)
-    table = _weights_of_all_parts(source, target, interpolation)  # (source**2, target, source)
-    return torch.index_select(table, 0, start * source + length - 1, out=out)
+def _weighted_sums(lines: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """Sums of `lines` (B*source, D) at `place` (B, target, T) in their image, times `weight` (B, target, T).
+
+    Returns (B*target, D).
+    """
+    num, target, taps = place.shape
+    first = torch.arange(0, len(lines), len(lines) // num, dtype=place.dtype)[:, None, None]  # (B, 1, 1)
+    index, starts = (place + first).view(-1), torch.arange(0, num * target * taps, taps, dtype=place.dtype)
+    # functional.embedding_bag's own checks take as long as a fifth of the sums
+    return torch.embedding_bag(lines, index, starts, False, 0, False, weight.reshape(-1))[0]
+
+
+def _taps(
+    start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`resize_taps`, picked out of those of all parts where these are not too many."""
+    if source**2 * target * num_taps(source, target, interpolation) > LARGEST_TABLE:
+        return resize_taps(start, length, source=source, target=target, interpolation=interpolation)
+    part = start * source + (length - 1)
+    place, weight = _taps_of_all_parts(source, target, interpolation)
+    return place.index_select(0, part), weight.index_select(0, part)
 
 
 @functools.lru_cache(maxsize=4)
-def _weights_of_all_parts(source: int, target: int, interpolation: str) -> Tensor:
-    """`resize_weights` of every part [start, start + length), at start * source + length - 1."""
+def _taps_of_all_parts(source: int, target: int, interpolation: str) -> tuple[Tensor, Tensor]:
+    """`resize_taps` of every part [start, start + length), at start * source + length - 1."""
     part = torch.arange(source * source)
-    return resize_weights(
+    return resize_taps(
         part // source, part % source + 1, source=source, target=target, interpolation=interpolation
     )  # fmt: skip
 
 
 class _Scratch(threading.local):
-    """Float memory that a thread uses again: at 32 pixels fresh pages cost more than the products written to them."""
+    """Float memory that a thread uses again: at 32 pixels fresh pages cost more than what is written to them."""
+
+    shared = Recycled()  # what threads that have ended leave
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -163,40 +201,50 @@ class _Scratch(threading.local):
         """Uninitialised, float32 of `shape`, until the same `use` is taken again."""
         num = math.prod(shape)
         if use not in self.kept or self.kept[use].numel() < num:
-            self.kept[use] = torch.empty(num)
+            self.kept[use] = self.shared.empty((num,), torch.float32)
         return self.kept[use][:num].view(shape)
 
 
 _scratch = _Scratch()
 
 
-def resize_weights(
-    start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str, out: Tensor | None = None
-) -> Tensor:
-    """Antialiased resampling of `source` pixels' part [start, start + length) to `target` pixels, (B, target, source).
+SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels to each side that a filter reaches, where the image does not shrink
 
-    The filters are those of torch's `interpolate(antialias=True)`: a triangle, or Keys' cubic with a = -0.5, widened by
-    the scale where the image shrinks, cut at the crop's edge and normalised.
+
+def num_taps(source: int, target: int, interpolation: str) -> int:
+    """How many of up to `source` pixels a pixel of `target` is made of at most. Raises ValueError."""
+    if interpolation not in SUPPORT:
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    return math.ceil(2 * SUPPORT[interpolation] * max(source / target, 1))
+
+
+def resize_taps(
+    start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Antialiased resampling of `source` pixels' part [start, start + length) (B,) to `target` pixels.
+
+    Returns the pixels that each is made of, int32 (B, target, T), and their weights, float32 of the same shape. The
+    filters are those of torch's `interpolate(antialias=True)`: a triangle, or Keys' cubic with a = -0.5, widened by the
+    scale where the image shrinks, cut at the crop's edge and normalised.
     """
-    start, length = start.to(torch.float32)[:, None], length.to(torch.float32)[:, None]  # (B, 1)
-    scale = length / target
-    centre = start + scale * (torch.arange(target, dtype=torch.float32) + 0.5)  # (B, target)
-    place = torch.arange(source, dtype=torch.float32) + 0.5  # (source,)
-    inverse = 1 / scale.clamp(min=1)
-    distance = torch.sub(place, centre[:, :, None], out=out)
-    distance.mul_(inverse[:, :, None]).abs_()  # (B, target, source)
+    taps = torch.arange(num_taps(source, target, interpolation))  # (T,)
+    start, length = start[:, None, None], length[:, None, None]  # (B, 1, 1)
+    scale = length.float() / target
+    widened = scale.clamp(min=1)
+    centre = start + scale * (torch.arange(target)[:, None] + 0.5)  # (B, target, 1)
+    first = (centre - SUPPORT[interpolation] * widened + 0.5).floor().long()
+    place = first + taps  # (B, target, T)
+    distance = (place + 0.5).sub_(centre).div_(widened).abs_()
     if interpolation == "bilinear":
-        weights = distance.neg_().add_(1).clamp_(min=0)
-    elif interpolation == "bicubic":
+        weight = distance.neg_().add_(1).clamp_(min=0)
+    else:
         # Keys' cubic without a branch: (p - 1) p^2 / 2 + (1 - 2 q) q^2 with p = max(2 - d, 0) and q = max(1 - d, 0).
         far, near = (2 - distance).clamp_(min=0), (1 - distance).clamp_(min=0)
-        weights = (far - 1).mul_(0.5).mul_(far).mul_(far)
-        weights += (1 - 2 * near).mul_(near).mul_(near)
-    else:
-        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
-    inside = (place > start) & (place < start + length)  # (B, source)
-    weights *= inside[:, None]
-    return weights.div_(weights.sum(dim=2, keepdim=True))
+        weight = (far - 1).mul_(0.5).mul_(far).mul_(far)
+        weight += (1 - 2 * near).mul_(near).mul_(near)
+    weight *= (place >= start) & (place < start + length)
+    place = torch.minimum(torch.maximum(place, start), start + length - 1)
+    return place.int(), weight.div_(weight.sum(dim=2, keepdim=True))
 
 
 def hold(source: Source, *, channels: int, limit_gib: float, num_threads: int, bad: BadList) -> MemoryImages | None:
@@ -230,7 +278,7 @@ def offsets(sizes: np.ndarray, channels: int) -> np.ndarray:
 def _hold_equal(reader: Reader, size: np.ndarray, *, num_threads: int, bad: BadList) -> MemoryImages:
     """Decode straight into one array. Raises SizesDiffer at the first image of another size."""
     height, width = size.tolist()
-    pixels = np.empty((len(reader.source), reader.channels, height, width), np.uint8)
+    pixels = empty_images(len(reader.source), reader.channels, (height, width))
 
     def keep(index: int) -> None:
         try:  # without a look at the header first, which takes a third of a small PNG's time
