@@ -17,7 +17,9 @@ def random_boxes(generator: np.random.Generator, num: int, height: int, width: i
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("source", "target"), [((32, 32), (32, 32)), ((40, 23), (17, 31)), ((9, 64), (32, 5))])
+@pytest.mark.parametrize(
+    ("source", "target"), [((32, 32), (32, 32)), ((40, 23), (17, 31)), ((9, 64), (32, 5)), ((64, 40), (260, 9))]
+)
 def test_batched_crops_equal_torchs_antialiased_resize_to_one_level(interpolation, source, target):
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (64, 3, *source), dtype=np.uint8)
