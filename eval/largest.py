@@ -2,70 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 GROUP = 32
 
+Margin = Callable[[Tensor], Tensor]
 
-class Largest:
-    """Keeps the m largest of all scores offered, with their places: `value` (B, m) in falling order, `place` (B, m).
 
-    Both are written in place. Once m are known, a tile holds few that are larger: maxima over groups of scores find
-    them, and they wait beside the m until there are so many that sorting pays. That reads each score about once, where
-    sorting every tile costs more than the matrix product that made it.
+@dataclass(frozen=True)
+class Groups:
+    """Groups of scores (g, G), of which one or more reach the bar: of which query (g,), and at which place (g,) each
+    begins; its scores are `step` places apart.
     """
 
-    def __init__(self, value: Tensor, place: Tensor) -> None:
-        self.value, self.place = value, place
-        size = (len(value), max(value.shape[1], 256))
-        self.waiting = torch.full(size, -torch.inf, device=value.device)  # (B, W)
-        self.waiting_place = torch.zeros(size, dtype=torch.int64, device=value.device)
-        self.count = torch.zeros(len(value), dtype=torch.int64, device=value.device)  # (B,)
-
-    def offer(self, score: Tensor, first: int) -> None:
-        """Scores (B, n) of places `first`, `first` + 1, ..."""
-        if bool((self.value[:, -1] == -torch.inf).any()):
-            self._sort_in(score, first)
-            return
-        row, column = larger(score, self.value[:, -1])  # (h,), (h,)
-        count = torch.bincount(row, minlength=len(score))  # (B,)
-        if int((self.count + count).max()) > self.waiting.shape[1]:
-            self.sort()
-        if int(count.max()) > self.waiting.shape[1]:  # as where a bank sorted by class comes to a query's own
-            self._sort_in(score, first)
-            return
-        slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + self.count[row]  # (h,)
-        self.waiting[row, slot] = score[row, column].float()
-        self.waiting_place[row, slot] = column + first
-        self.count += count
-
-    def sort(self) -> None:
-        """Bring those that wait among the m largest, or drop them."""
-        num = int(self.count.max())
-        self._keep(self.waiting[:, :num], self.waiting_place[:, :num])
-        self.waiting[:, :num] = -torch.inf
-        self.count.zero_()
-
-    def _sort_in(self, score: Tensor, first: int) -> None:
-        score, column = score.topk(min(self.value.shape[1], score.shape[1]), dim=1)  # (B, m)
-        self._keep(score.float(), column + first)
-
-    def _keep(self, value: Tensor, place: Tensor) -> None:
-        largest, order = torch.cat([self.value, value], 1).topk(self.value.shape[1], dim=1)  # (B, m)
-        self.place.copy_(torch.cat([self.place, place], 1).gather(1, order))
-        self.value.copy_(largest)
+    score: Tensor
+    row: Tensor
+    place: Tensor
+    step: int
 
 
-def larger(score: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column, row by row, of the scores (B, n) that are larger than their row's `bar` (B,)."""
-    num = score.shape[1]
-    if num % GROUP:
-        row, column = (score > bar[:, None]).nonzero().unbind(1)  # (h,), (h,)
+class Largest:
+    """Collects the scores of each query that may belong to its `count` largest, and their places; at most `most`.
+
+    Those may that reach the bar, which lies a margin below the count-th largest of some of the scores: of maxima over
+    groups of them. Maxima also find the few scores that reach the bar, so that each score is read about once. Groups
+    wait as they are until the bar is final, since by then most of what they hold is below. `value` (B, m) is in falling
+    order, then -inf; `place` (B, m) belongs to it; no score that was left out is larger than `bar` (B,).
+    """
+
+    def __init__(self, num: int, count: int, most: int, device: torch.device) -> None:
+        self.count, self.most = count, most
+        self.bar = torch.full((num,), -torch.inf, device=device)  # (B,)
+        self.top = torch.full((num, count), -torch.inf, device=device)  # (B, k): no two are one and the same score
+        self.value = torch.empty(num, 0, device=device)  # (B, m)
+        self.place = torch.empty(num, 0, dtype=torch.int64, device=device)
+        self.waiting: list[Groups] = []
+        self.num_waiting = 0
+
+    def offer(self, score: Tensor, first: int, margin: Margin) -> None:
+        """Scores (B, n) of places `first`, `first` + 1, ...; `margin` tells how far below a score (B,) the bar lies."""
+        whole = score.shape[1] - score.shape[1] % GROUP
+        if whole:
+            self._offer(score[:, :whole], first, margin, GROUP)
+        if whole < score.shape[1]:
+            self._offer(score[:, whole:], first + whole, margin, 1)
+        if self.num_waiting > 4 * self.count * len(score):
+            self.settle(margin)
+
+    def _offer(self, score: Tensor, first: int, margin: Margin, size: int) -> None:
+        groups = score.unflatten(1, (size, -1))  # (B, G, n/G)
+        maxima = groups.amax(1)  # (B, n/G)
+        row, column = self._reach_bar(maxima)
+        if 4 * len(row) > self.count * len(score):  # so many that it pays to raise the bar first
+            some = maxima if maxima.shape[1] >= 2 * self.count else score
+            some = some.topk(min(self.count, some.shape[1]), dim=1, sorted=False).values.float()
+            top = torch.cat([self.top, some], 1).topk(self.count, dim=1).values  # (B, k)
+            self._raise_bar(top, margin, score.dtype)
+            row, column = self._reach_bar(maxima)
+        self.waiting.append(Groups(groups.transpose(1, 2)[row, column], row, first + column, maxima.shape[1]))
+        self.num_waiting += len(row)
+
+    def _reach_bar(self, maxima: Tensor) -> tuple[Tensor, Tensor]:
+        """Row (g,) and column (g,) of the maxima (B, n/G) that reach their row's bar."""
+        row, column = (maxima >= self.bar[:, None].to(maxima.dtype)).nonzero().unbind(1)
         return row, column
-    grouped = score.view(len(score), GROUP, num // GROUP)  # (B, G, n/G)
-    row, group = (grouped.amax(1) > bar[:, None]).nonzero().unbind(1)  # (g,), (g,)
-    hit, place = (grouped.transpose(1, 2)[row, group] > bar[row, None]).nonzero().unbind(1)  # of (g, G)
-    row, column = row[hit], place * (num // GROUP) + group[hit]
-    order = row.argsort(stable=True) if len(row) else row
-    return row[order], column[order]
+
+    def _raise_bar(self, top: Tensor, margin: Margin, dtype: torch.dtype) -> None:
+        """To the margin below the least of each row of `top` (B, k), as the scores' `dtype` can hold it."""
+        self.top, least = top, top[:, -1]
+        bar = torch.where(least > -torch.inf, least - margin(least), least)  # (B,)
+        self.bar = torch.maximum(self.bar, bar.to(dtype).float())
+
+    def settle(self, margin: Margin) -> None:
+        """Put what waits in order, raise the bar by it, and leave out what does not reach it then."""
+        if not self.waiting:
+            return
+        num, dtype = len(self.bar), self.waiting[0].score.dtype
+        row, place, value = self._reaching()  # (h,), (h,), (h,)
+        order = ((row << 32) - in_order(value)).argsort()
+        row, place, value = (each.index_select(0, order) for each in (row, place, value))
+        counts = torch.bincount(row, minlength=num)  # (B,)
+        slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts).index_select(0, row)  # (h,)
+        width = min(int(counts.max()), self.most + 1)
+        fits = (slot < width).nonzero()[:, 0]
+        at = (row * width + slot).index_select(0, fits)
+        self.value = value.new_full((num * width,), -torch.inf)
+        self.place = place.new_zeros(num * width)
+        self.value = self.value.scatter_(0, at, value.index_select(0, fits)).view(num, width)
+        self.place = self.place.scatter_(0, at, place.index_select(0, fits)).view(num, width)
+
+        if width > self.most:
+            self.bar = torch.maximum(self.bar, self.value[:, self.most])  # the largest that found no room
+        if width >= self.count:
+            self._raise_bar(self.value[:, : self.count], margin, dtype)
+        self.value = self.value.masked_fill(self.value < self.bar[:, None], -torch.inf)[:, : self.most]
+        width = int((self.value > -torch.inf).sum(1).max())
+        self.value, self.place = self.value[:, :width].contiguous(), self.place[:, :width].contiguous()
+        self.waiting, self.num_waiting = [], 0
+
+    def _reaching(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row (h,), place (h,) and value (h,) of all scores that wait or are in order and reach the bar."""
+        known = (self.value > -torch.inf).flatten().nonzero()[:, 0]
+        rows = [known // max(self.value.shape[1], 1)]
+        places, values = [self.place.flatten().index_select(0, known)], [self.value.flatten().index_select(0, known)]
+        for groups in self.waiting:
+            bar = self.bar.index_select(0, groups.row).to(groups.score.dtype)  # (g,)
+            hit = (groups.score >= bar[:, None]).flatten().nonzero()[:, 0]  # (h,)
+            group, number = hit // groups.score.shape[1], hit % groups.score.shape[1]
+            rows.append(groups.row.index_select(0, group))
+            places.append(groups.place.index_select(0, group) + groups.step * number)
+            values.append(groups.score.flatten().index_select(0, hit).float())
+        return torch.cat(rows), torch.cat(places), torch.cat(values)
+
+
+def in_order(value: Tensor) -> Tensor:
+    """Whole numbers, int64 of 32 bits, in the same order as fp32 values: sorting them is several times as fast."""
+    bits = (value + 0.0).view(torch.int32)  # the sum makes -0.0 and 0.0 the same
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eval.largest import in_order
 from eval.rows import Rows
-from eval.scan import Candidates, Scan, make_scan, num_candidates
+from eval.scan import Scan, make_scan
 
 TILE = 4096
 PAIR_VALUES = {"cpu": 2**17, "cuda": 2**25}  # what a step of `measure` makes in float64 stays in a core's cache
@@ -41,20 +42,17 @@ def nearest(rows: Rows, queries: Tensor, count: int, *, index: str) -> Found:
     """
     scan, name = make_scan(index, rows.device)
     count = min(count, len(rows))
-    if count == 0:
-        return Found(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64), name, 0)
+    if count == 0 or len(queries) == 0:
+        return Found(torch.empty(len(queries), count), torch.empty(len(queries), count, dtype=torch.int64), name, 0)
     closeness, place, num_open = _nearest(rows, rows.prepare(queries), count, index=index, scan=scan)
     return Found(closeness.cpu(), place.cpu(), name, num_open)
 
 
 def _nearest(rows: Rows, queries: Tensor, count: int, *, index: str, scan: Scan) -> tuple[Tensor, Tensor, int]:
-    found = scan(rows, queries, min(num_candidates(index, count), len(rows)))
-    closeness = measure(rows, queries, found.place, possible(found, count))  # (M, m)
+    found = scan(rows, queries, count)
+    closeness = measure(rows, queries, found.place, found.closeness > -torch.inf)  # (M, m)
     closeness, place = merge(closeness, found.place, count)  # (M, k), (M, k)
-    if found.place.shape[1] == len(rows):
-        return closeness, place, 0
-    passed_over = found.closeness.amin(1) + found.error  # (M,): no row that is no candidate is closer than this
-    still_open = (passed_over >= closeness[:, -1]).nonzero()[:, 0]  # (O,)
+    still_open = (found.passed_over + found.error >= closeness[:, -1]).nonzero()[:, 0]  # (O,)
     if len(still_open) and index == "shortlist":
         finer, _ = make_scan("auto", rows.device)
         again = _nearest(rows, queries[still_open], count, index="auto", scan=finer)
@@ -67,42 +65,36 @@ def _nearest(rows: Rows, queries: Tensor, count: int, *, index: str, scan: Scan)
     return closeness, place, len(still_open)
 
 
-def possible(found: Candidates, count: int) -> Tensor:
-    """Which candidates (M, m) may be among the `count` closest, for all that the scan's error tells."""
-    border = found.closeness.topk(count, dim=1).values[:, -1:] - found.error[:, None]  # (M, 1)
-    return found.closeness + found.error[:, None] >= border
-
-
 def measure(rows: Rows, queries: Tensor, place: Tensor, wanted: Tensor) -> Tensor:
     """Closeness (M, m) of prepared queries (M, D) to the rows at `place` where `wanted`, -inf elsewhere.
 
     Taken in float64 and rounded to fp32, so that equal rows are equally close wherever they stand.
     """
-    closeness = torch.full(place.shape, -torch.inf, device=rows.device)  # (M, m)
     pair = wanted.flatten().nonzero()[:, 0]  # (W,)
-    pair = pair[place.flatten()[pair].argsort()]  # by place: the bank is read from its front to its end
-    places = place.flatten()[pair]  # (W,)
+    places = place.flatten().index_select(0, pair)  # (W,)
+    order = places.argsort()  # the bank is read from its front to its end
+    pair, places = pair.index_select(0, order), places.index_select(0, order)
+    value = torch.empty(len(pair), dtype=torch.float64, device=rows.device)  # (W,)
     step = max(PAIR_VALUES[rows.device.type] // rows.dim, 1)
     for first, block in rows.blocks():
         start, stop = torch.searchsorted(places, places.new_tensor([first, first + len(block)])).tolist()
         for some in range(start, stop, step):
             chosen = slice(some, min(some + step, stop))
-            query = queries[pair[chosen] // place.shape[1]].double()  # (W, D)
-            row = block[places[chosen] - first].double()  # (W, D)
+            row = block.index_select(0, places[chosen] - first)  # (w, D)
+            pairs = queries.index_select(0, pair[chosen] // place.shape[1]).double()  # (w, D)
             if rows.metric == "cosine":
-                value = torch.linalg.vecdot(query, row)  # (W,)
+                torch.sum(pairs.mul_(row), 1, out=value[chosen])
             else:
-                query -= row
-                value = -torch.linalg.vecdot(query, query)  # (W,)
-            closeness.view(-1)[pair[chosen]] = value.float()
+                torch.sum(pairs.sub_(row).square_().neg_(), 1, out=value[chosen])
+    closeness = torch.full(place.shape, -torch.inf, device=rows.device)  # (M, m)
+    closeness.view(-1).index_copy_(0, pair, value.float())
     return closeness
 
 
 def merge(closeness: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of neighbours (M, m) the `count` closest in order, equally close ones by their place: (M, k), (M, k)."""
-    by_place = place.argsort(dim=1)
-    order = by_place.gather(1, closeness.gather(1, by_place).argsort(dim=1, descending=True, stable=True))
-    order = order[:, :count]
+    key = (-in_order(closeness) << 32) + place  # (M, m)
+    order = key.topk(count, dim=1, largest=False).indices  # (M, k)
     return closeness.gather(1, order), place.gather(1, order)
 
 
@@ -119,10 +111,9 @@ def exhaustive(rows: Rows, queries: Tensor, count: int, *, chunk: int = 256) -> 
                 closeness = closeness_in_double(queries[at].double(), some, rows.metric)  # (B, n)
                 if not (closeness > best[at, -1:]).any():
                     continue  # what comes later and is equally close stands behind
-                joined = torch.cat([best[at], closeness], 1)  # (B, k+n), by place where it is equally close
+                joined = torch.cat([best[at], closeness], 1)  # (B, k+n)
                 places = torch.cat([place[at], number.expand(len(closeness), -1)], 1)
-                order = joined.argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, k)
-                best[at], place[at] = joined.gather(1, order), places.gather(1, order)
+                best[at], place[at] = merge(joined, places, count)  # (B, k), (B, k)
     return place
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class Rows:
     def dim(self) -> int:
         return self.bank.shape[1]
 
+    @cached_property
+    def whole(self) -> Tensor:
+        """All rows (N, D), prepared: kept where they are one block, since several scans of them follow one another."""
+        return self.prepare(self.bank)
+
     def prepare(self, features: Tensor) -> Tensor:
         """Features (N, D) in fp32 on the device, centred where asked, for cosine similarity of length 1."""
         features = features.to(self.device, torch.float32)
@@ -40,6 +46,9 @@ class Rows:
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Prepared rows (n, D), each block with the place of its first."""
         step = max(BLOCK_BYTES // (4 * self.dim), 1)
+        if len(self) <= step:
+            yield 0, self.whole
+            return
         for first in range(0, len(self), step):
             yield first, self.prepare(self.bank[first : first + step])
 

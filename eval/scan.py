@@ -5,40 +5,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eval.largest import Largest
 from eval.rows import PIECES, Rows
 from ssl.products import has_onednn, product
 
 INDEXES = ("auto", "faiss", "torch", "shortlist")
-SHORTLIST = 4  # candidates per neighbour that the bfloat16 scan keeps
+SHORTLIST = 4  # candidates per neighbour that a scan by matrix products keeps at most
+MARGIN = 1.5  # of the error
 FAISS_GPU_NEIGHBOURS = 2048  # what faiss can select on a GPU
-CHUNK = 1024
-TILE = 4096
+CHUNK = 2048
+TILE = 2048
 FP32, BF16 = 2.0**-24, 2.0**-9  # how far off, relatively, a number may be once rounded
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The m rows that a scan found closest to each query: closeness (M, m), place (M, m); its largest error (M,)."""
+    """Up to m rows that a scan found closest to each query: closeness (M, m), -inf where there is none, place (M, m).
+
+    Closeness is off by `error` (M,) at most, and that of all other rows is `passed_over` (M,) at most.
+    """
 
     closeness: Tensor
     place: Tensor
     error: Tensor
+    passed_over: Tensor
 
 
 Scan = Callable[[Rows, Tensor, int], Candidates]
-
-
-def num_candidates(index: str, count: int) -> int:
-    """How many rows a scan keeps for `count` neighbours: a few more, so that its error seldom leaves one open."""
-    return max(SHORTLIST * count, 64) if index == "shortlist" else count + max(8, count // 8)
 
 
 def make_scan(index: str, device: torch.device) -> tuple[Scan, str]:
@@ -62,58 +64,106 @@ def make_scan(index: str, device: torch.device) -> tuple[Scan, str]:
     if device.type == "cuda" and not on_gpu:
         return fp32_scan, f"torch on {device.type} (this faiss cannot use the GPU)"
     name = f"faiss {faiss.__version__} flat on {device.type}"
-    return lambda rows, queries, keep: faiss_scan(faiss, rows, queries, keep), name
+    return partial(faiss_scan, faiss), name
 
 
-def fp32_scan(rows: Rows, queries: Tensor, keep: int) -> Candidates:
-    """The `keep` closest by matrix products in fp32."""
-    return matrix_scan(rows, queries, keep, dtype=torch.float32)
+def fp32_scan(rows: Rows, queries: Tensor, count: int) -> Candidates:
+    """Candidates for the `count` closest by matrix products in fp32."""
+    return matrix_scan(rows, queries, count, dtype=torch.float32)
 
 
-def bf16_scan(rows: Rows, queries: Tensor, keep: int) -> Candidates:
-    """The `keep` closest by matrix products in bfloat16."""
-    return matrix_scan(rows, queries, keep, dtype=torch.bfloat16)
+def bf16_scan(rows: Rows, queries: Tensor, count: int) -> Candidates:
+    """Candidates for the `count` closest by matrix products in bfloat16."""
+    return matrix_scan(rows, queries, count, dtype=torch.bfloat16)
 
 
-def matrix_scan(rows: Rows, queries: Tensor, keep: int, *, dtype: torch.dtype) -> Candidates:
-    """The `keep` rows with the largest products with `queries` (M, D), taken in `dtype`, and how far off they may be.
+def matrix_scan(rows: Rows, queries: Tensor, count: int, *, dtype: torch.dtype) -> Candidates:
+    """The rows whose products with `queries` (M, D), taken in `dtype`, let them be among the `count` closest.
 
     A squared distance is |q|^2 - 2 (q b - |b|^2 / 2), of which the last part is added in fp32. A point near the rows'
     mean is subtracted first, since rounding costs less near zero: it moves no distance, and q b only by a constant.
-    The error of q b is at most |q| |b - b'| + |q - q'| |b'| for the rounded q' and b' (Cauchy and Schwarz), and what
-    the products and their sum are rounded by.
     """
     euclidean = rows.metric == "euclidean"
     shifts = euclidean or dtype == torch.bfloat16
     near = middle(rows) if shifts else queries.new_zeros(1, rows.dim)  # (1, D)
     moved = queries - near if euclidean else queries  # (M, D)
     rounded = moved.to(dtype)
-    best = torch.full((len(queries), keep), -torch.inf, device=queries.device)  # (M, m)
-    place = torch.zeros(best.shape, dtype=torch.int64, device=queries.device)
-    longest = rest = queries.new_zeros(())
+    norm, lost = moved.norm(dim=1), (moved - rounded).norm(dim=1)  # (M,), (M,)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(queries), CHUNK)]
+    most = max(SHORTLIST * count, 64)
+    found = [Largest(len(norm[at]), count, most, queries.device) for at in chunks]
+    bound = Bound(rows, norm, lost, near.norm(), dtype)
     with exact_products():
         for first, block in rows.blocks():
-            in_dtype, norm, away = moved_into(dtype, block, near if shifts else None)  # (n, D), (n,), (n,)
-            half = 0.5 * norm.square() if euclidean else None  # (n,)
-            longest, rest = torch.maximum(longest, norm.max()), torch.maximum(rest, away.max())
-            for start in range(0, len(queries), CHUNK):
-                at = slice(start, start + CHUNK)
-                largest = Largest(best[at], place[at])
-                for tile, stop in tiles(len(block), keep if first == 0 else 0):
+            in_dtype, length, away = moved_into(dtype, block, near if shifts else None)  # (n, D), (n,), (n,)
+            half = 0.5 * length.square() if euclidean else None  # (n,)
+            bound = bound.grown(length.max(), away.max())
+            for at, largest in zip(chunks, found):
+                margin = partial(bound.margin, at)
+                for tile, stop in tiles(len(block), count if first == 0 else 0):
                     score = product(rounded[at], in_dtype[tile:stop])  # (B, n)
                     if half is not None:
                         score = score.float() - half[tile:stop]
-                    largest.offer(score, first + tile)
-                largest.sort()
-    norm = moved.norm(dim=1)  # (M,)
-    error = (rows.dim + 8) * FP32 * norm * longest  # (M,)
-    if dtype == torch.bfloat16:
-        size = norm * longest if euclidean else best[:, [0, -1]].abs().amax(1)  # (M,)
-        error = error + norm * rest + (moved - rounded).norm(dim=1) * (longest + rest) + 2 * BF16 * size
+                    largest.offer(score, first + tile, margin)
+                largest.settle(margin)
+    best, place = side_by_side(found)  # (M, m), (M, m)
+    bar = torch.cat([largest.bar for largest in found])  # (M,)
+    size = torch.where(bar > -torch.inf, bar, 0).abs().maximum(torch.where(best > -torch.inf, best, 0).abs().amax(1))
+    error = bound.error(slice(None), size)  # (M,)
     if not euclidean:
-        return Candidates(best + queries @ near.T, place, error + 8 * FP32 * norm * near.norm() * rows.dim)
-    error = 2 * error + (rows.dim + 8) * FP32 * (norm + longest).square()
-    return Candidates(2 * best - norm[:, None].square(), place, error)
+        moved_by = queries @ near.T  # (M, 1)
+        return Candidates(best + moved_by, place, error, bar + moved_by[:, 0])
+    return Candidates(2 * best - norm[:, None].square(), place, 2 * error, 2 * bar - norm.square())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far off the scores of `matrix_scan` may be, and with them closeness.
+
+    `norm` (M,) are the lengths of the queries, `lost` (M,) those of what rounding took away from them; `longest` and
+    `rest` () are the largest lengths of rows and of what rounding took away from rows. The error of q b is at most
+    |q| |b - b'| + |q - q'| |b'| for the rounded q' and b' (Cauchy and Schwarz), and what the products and their sum are
+    rounded by.
+    """
+
+    rows: Rows
+    norm: Tensor
+    lost: Tensor
+    near: Tensor
+    dtype: torch.dtype
+    longest: Tensor | float = 0.0
+    rest: Tensor | float = 0.0
+
+    def grown(self, longest: Tensor, rest: Tensor) -> Bound:
+        """The bound with more rows: the largest length of theirs, and of what rounding took away from them."""
+        return replace(self, longest=longest.clamp_min(self.longest), rest=rest.clamp_min(self.rest))
+
+    def error(self, at: slice, size: Tensor) -> Tensor:
+        """That of the queries `at` (B,) for scores of at most `size` (B,)."""
+        norm, dim, euclidean = self.norm[at], self.rows.dim, self.rows.metric == "euclidean"
+        error = (dim + 8) * FP32 * norm * self.longest  # (B,)
+        if self.dtype == torch.bfloat16:
+            size = norm * self.longest if euclidean else size
+            error = error + norm * self.rest + self.lost[at] * (self.longest + self.rest) + 2 * BF16 * size
+        if euclidean:
+            return error + 0.5 * (dim + 8) * FP32 * (norm + self.longest).square()
+        return error + 8 * FP32 * norm * self.near * dim
+
+    def margin(self, at: slice, least: Tensor) -> Tensor:
+        """How far below the count-th largest score (B,) a row of the `count` closest may well lie.
+
+        Twice the error is how far it could: the count-th and the row may err towards each other. Both come near the
+        bound in nothing but made-up features, so a little more than once leaves hardly a query open.
+        """
+        return MARGIN * self.error(at, least.abs())
+
+
+def side_by_side(found: list[Largest]) -> tuple[Tensor, Tensor]:
+    """Values and places (M, m) of all chunks, those with fewer filled up with -inf."""
+    width = max(largest.value.shape[1] for largest in found)
+    values = [pad(largest.value, (0, width - largest.value.shape[1]), value=-torch.inf) for largest in found]
+    places = [pad(largest.place, (0, width - largest.place.shape[1])) for largest in found]
+    return torch.cat(values), torch.cat(places)
 
 
 def moved_into(dtype: torch.dtype, block: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,11 +185,11 @@ def moved_into(dtype: torch.dtype, block: Tensor, near: Tensor | None) -> tuple[
     return result, norm, away
 
 
-def tiles(num: int, keep: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the tiles that a block of `num` rows is scored in. The first holds several times what is kept, so that
-    few of the later scores are larger than the least of those.
+def tiles(num: int, count: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the tiles that a block of `num` rows is scored in. The first holds several times what is looked for, so
+    that few of the later scores are larger than the least of that.
     """
-    first = min(-(-16 * keep // TILE) * TILE or TILE, num)
+    first = min(-(-16 * count // TILE) * TILE or TILE, num)
     yield 0, first
     for start in range(first, num, TILE):
         yield start, min(start + TILE, num)
@@ -165,10 +215,14 @@ def exact_products() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def faiss_scan(faiss: Any, rows: Rows, queries: Tensor, keep: int) -> Candidates:
-    """The `keep` closest by faiss's flat search, block by block, on the GPU where that is the rows' device."""
+def faiss_scan(faiss: Any, rows: Rows, queries: Tensor, count: int) -> Candidates:
+    """The closest by faiss's flat search, block by block, on the GPU where that is the rows' device.
+
+    A few more than `count` are kept, so that the error seldom leaves one open.
+    """
+    keep = min(count + max(8, count // 8), len(rows))
     if rows.device.type == "cuda" and keep > FAISS_GPU_NEIGHBOURS:
-        return fp32_scan(rows, queries, keep)
+        return fp32_scan(rows, queries, count)
     euclidean = rows.metric == "euclidean"
     near = middle(rows) if euclidean else queries.new_zeros(1, rows.dim)  # (1, D)
     moved = queries - near if euclidean else queries  # (M, D)
@@ -189,7 +243,12 @@ def faiss_scan(faiss: Any, rows: Rows, queries: Tensor, keep: int) -> Candidates
     norm = moved.norm(dim=1)  # (M,)
     size = (norm + longest).square() if euclidean else norm * longest
     error = (2 * rows.dim + 8) * FP32 * size  # (M,)
-    return Candidates(best.to(rows.device), place.to(rows.device), error)
+    best, place = best.to(rows.device), place.to(rows.device)
+    border = best.topk(count, dim=1).values[:, -1:] - 2 * error[:, None]  # (M, 1)
+    passed_over = best.masked_fill(best >= border, -torch.inf).amax(1)  # (M,)
+    if keep < len(rows):
+        passed_over = passed_over.maximum(best.amin(1))
+    return Candidates(best.masked_fill(best < border, -torch.inf), place, error, passed_over)
 
 
 def as_numpy(features: Tensor) -> np.ndarray:

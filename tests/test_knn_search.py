@@ -95,19 +95,32 @@ def test_features_that_are_nearly_one_point_are_still_told_apart(index):
     assert found.place.tolist() == reference(rows.unit_length(bank), rows.unit_length(queries), 5, metric="dot")
 
 
+@pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("index", INDEXES)
-def test_a_scan_never_errs_by_more_than_it_says(index, metric):
+def test_a_scan_errs_by_no_more_than_it_says_and_passes_over_nothing_closer_than_it_says(
+    index, metric, pieces, monkeypatch
+):
     bank, queries = 3 + seeded(500, 33), 3 + seeded(40, 33, seed=1)
+    if pieces:
+        in_small_pieces(monkeypatch, dim=33)
     space = Rows(bank, metric, CPU)
     prepared, wanted = space.prepare(queries), space.prepare(bank)
-    found = make_scan(index, CPU)[0](space, prepared, 50)
+    found = make_scan(index, CPU)[0](space, prepared, 20)
     if metric == "cosine":
         exact = prepared.double() @ wanted.double().T  # (M, N)
     else:
         exact = -torch.cdist(prepared.double(), wanted.double()).square()
-    off = (found.closeness - exact.gather(1, found.place)).abs().amax(1)  # (M,)
+    is_candidate = found.closeness > -torch.inf  # (M, m)
+    off = torch.where(is_candidate, found.closeness - exact.gather(1, found.place), 0.0).abs().amax(1)  # (M,)
     assert (off <= found.error).all()
+    assert (is_candidate.sum(1) >= 20).all()
+    left_out = torch.ones_like(exact, dtype=torch.bool)
+    for one, places, chosen in zip(left_out, found.place, is_candidate):
+        one[places[chosen]] = False
+    assert (left_out.sum(1) > 300).all()
+    others = exact.masked_fill(~left_out, -torch.inf).amax(1)  # (M,)
+    assert (others <= found.passed_over + found.error).all()
     if index == "shortlist":
         assert (off > 1e-5).any()  # bfloat16 was used, so the bound had something to bound
 
@@ -123,13 +136,78 @@ def test_what_the_shortlist_passed_over_is_looked_for_again():
 
 def test_largest_keeps_the_largest_of_a_bank_sorted_towards_the_query():
     score = torch.arange(4000.0).repeat(3, 1) + torch.tensor([[0.0], [0.25], [0.5]])  # each tile beats all before
-    value, place = torch.full((3, 10), -torch.inf), torch.zeros(3, 10, dtype=torch.int64)
-    best = largest.Largest(value, place)
-    for first in range(0, 4000, 640):
-        best.offer(score[:, first : first + 640], first)
-    best.sort()
-    assert torch.equal(value, score.topk(10).values)
-    assert torch.equal(place, score.topk(10).indices)
+    best = offered(score, 10, most=40)
+    assert torch.equal(best.value, score.topk(10).values)
+    assert torch.equal(best.place, score.topk(10).indices)
+
+
+@pytest.mark.parametrize("level", [-1000.0, -10.0, 0.0, 10.0])  # scores of either sign, and of both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_largest_keeps_all_within_the_margin_and_leaves_out_nothing_above_its_bar(count, dtype, level):
+    score = (level + seeded(5, 3000)).to(dtype)
+    best = offered(score, count, most=3000, margin=0.5)
+    for i, each in enumerate(score.float()):
+        kept = best.place[i][best.value[i] > -torch.inf]
+        assert torch.equal(each[kept], best.value[i, : len(kept)])
+        assert torch.equal(best.value[i], best.value[i].sort(descending=True).values)
+        assert set((each >= each.sort().values[-count]).nonzero()[:, 0].tolist()) <= set(kept.tolist())
+        assert len(set(kept.tolist())) == len(kept)
+        left_out = torch.ones(3000, dtype=torch.bool).index_fill(0, kept, False)
+        assert each[left_out].max() <= best.bar[i]
+        step = 8.0 if dtype == torch.bfloat16 and level == -1000 else 0.07  # between numbers that bfloat16 can hold
+        assert each.sort().values[-count] - 0.5 - step <= best.bar[i]
+
+
+def test_largest_with_little_room_says_what_did_not_fit():
+    score = torch.zeros(2, 900)
+    score[1] = seeded(900).clamp_max(1.0)
+    best = offered(score, 4, most=16, margin=0.1)
+    assert best.value.tolist() == [[0.0] * 16, [1.0] * 16]
+    assert best.bar.tolist() == [0.0, 1.0]
+
+
+def offered(score: Tensor, count: int, *, most: int, margin: float = 0.0) -> largest.Largest:
+    """What is kept of scores (B, N) that come in tiles of 640 and settle halfway."""
+    best = largest.Largest(len(score), count, most, CPU)
+
+    def away(least: Tensor) -> Tensor:
+        return torch.full_like(least, margin)
+
+    for first in range(0, score.shape[1], 640):
+        best.offer(score[:, first : first + 640], first, away)
+        if first == 1280:
+            best.settle(away)
+    best.settle(away)
+    return best
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_no_queries_have_no_neighbours(index):
+    found = nearest(Rows(seeded(30, 6), "cosine", CPU), torch.empty(0, 6), 4, index=index)
+    assert found.place.shape == found.closeness.shape == (0, 4)
+
+
+def test_whole_numbers_sort_as_the_fp32_values_they_stand_for():
+    tiny = torch.finfo(torch.float32).smallest_normal
+    value = torch.tensor([-torch.inf, -3e38, -1.5, -1.0, -tiny, -tiny / 4, 0.0, tiny / 4, tiny, 1.0, 1.5, torch.inf])
+    number = largest.in_order(value)
+    assert (number.diff() > 0).all()
+    assert torch.equal(largest.in_order(torch.tensor([-0.0])), largest.in_order(torch.tensor([0.0])))
+
+
+def test_a_bank_of_one_block_is_prepared_once_for_all_that_read_it():
+    calls = []
+
+    class Watched(Rows):
+        def prepare(self, features: Tensor) -> Tensor:
+            calls.append(len(features))
+            return super().prepare(features)
+
+    space = Watched(seeded(211, 6), "cosine", CPU)
+    for count in (3, 5):
+        nearest(space, seeded(7, 6, seed=1), count, index="torch")
+    assert calls.count(211) == 1
 
 
 # ---- votes ---------------------------------------------------------------------------------------------------------
