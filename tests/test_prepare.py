@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 
 from ssl.config import CONF
 from ssl.data.decode import decode
 from ssl.data.embedded import Embedded
 from ssl.data.folder import Folder
+from ssl.data.jpeg_rows import read_layout
 from ssl.data.loader import Loader
 from ssl.data.parquet import Parquet
 from ssl.data.prepared import Size, store_image, target_size
@@ -142,6 +144,20 @@ def test_one_channel_makes_every_image_gray():
     data, kind = stored(jpeg(smooth(40, 60)), channels=1)
     assert kind == "converted"
     assert Image.open(io.BytesIO(data)).mode == "L"
+
+
+@pytest.mark.parametrize("quality", [20, 90, 100])
+def test_what_is_encoded_is_baseline_with_a_marker_after_every_row_and_chroma_halved(quality: int):
+    noise = np.random.default_rng(0).integers(0, 256, (97, 150, 3), dtype=np.uint8)
+    for original, row in ((noise, 16), (noise[..., 0], 8)):
+        data, _ = stored(png(original), quality=quality)
+        layout = read_layout(data)
+        assert layout is not None
+        assert (layout.height, layout.width) == (48, 74)
+        assert (layout.row, layout.rows_per_restart) == (row, 1)
+        image = Image.open(io.BytesIO(data))
+        assert "progressive" not in image.info
+        assert get_sampling(image) == (2 if row == 16 else -1)  # 4:2:0; gray has none
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 
 from ssl.data.bad_images import BadImages, BadList
 from ssl.data.decode import crop_resize
+from ssl.data.jpeg_rows import Layout
 from ssl.data.memory import MemoryImages, common_size, hold
 from ssl.data.policies import apply_policy_
 from ssl.data.reader import UNREADABLE, Reader
@@ -395,10 +396,11 @@ class _Opened:
     attempt: int
     data: bytes | np.ndarray
     size: tuple[int, int]
+    layout: Layout | None
 
 
 class _DecodedBatch(_BatchJob):
-    """A batch from encoded images: each is decoded once, for all views."""
+    """A batch from encoded images: of each the rows that its views need are decoded once, for all of them."""
 
     chunk_limits = DECODED_CHUNK
 
@@ -414,12 +416,8 @@ class _DecodedBatch(_BatchJob):
         for number, slot in enumerate(range(start, stop)):
             if should_stop():
                 return
-            image, pixels = self._decode(slot, opened[number])
-            opened[number] = image
-            if image.size != tuple(sizes[number]):
-                self._sample_again(slot, number, parameters, image.size)
-            self.shown[slot] = image.index
-            self._crop(slot, pixels, [drawn["box"][number] for drawn in parameters])
+            pixels, first = self._decode(slot, number, opened[number], parameters)
+            self._crop(slot, pixels, first, [drawn["box"][number].tolist() for drawn in parameters])
             for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
                 if view.policy is not None:
                     self.do_policy(view, crops[start:stop], drawn, number)
@@ -431,20 +429,33 @@ class _DecodedBatch(_BatchJob):
             index = bad.candidate(int(self.index[slot]), attempt)
             if index not in bad.messages:
                 try:
-                    return _Opened(index, attempt, *self.loader.reader.open(index))
+                    return _Opened(index, attempt, *self.loader.reader.open_rows(index))
                 except UNREADABLE as error:
                     bad.add(index, error)
             self.missed.add(index)
             attempt += 1
 
-    def _decode(self, slot: int, opened: _Opened) -> tuple[_Opened, np.ndarray]:
+    def _decode(self, slot: int, number: int, opened: _Opened, parameters: list[Parameters]) -> tuple[np.ndarray, int]:
+        """The rows (R, W, C) that the views of the slot need, `number` in its chunk, and which row is the first.
+
+        Where they cannot be decoded, another image is shown, and the views' numbers are those of its size.
+        """
         while True:
+            boxes = [drawn["box"][number].tolist() for drawn in parameters]  # V times (top, left, height, width)
+            top, bottom = min(box[0] for box in boxes), max(box[0] + box[2] for box in boxes)
             try:
-                return opened, self.loader.reader.decode(opened.index, opened.data, opened.size)
+                rows = self.loader.reader.decode_rows(
+                    opened.index, opened.data, opened.size, opened.layout, top, bottom
+                )
             except UNREADABLE as error:
                 self.loader.bad_list.add(opened.index, error)
                 self.missed.add(opened.index)
-                opened = self._read(slot, attempt=opened.attempt + 1)
+                size, opened = opened.size, self._read(slot, attempt=opened.attempt + 1)
+                if opened.size != size:
+                    self._sample_again(slot, number, parameters, opened.size)
+                continue
+            self.shown[slot] = opened.index
+            return rows
 
     def _sample_again(self, slot: int, number: int, parameters: list[Parameters], size: tuple[int, int]) -> None:
         for drawn, again in zip(
@@ -453,10 +464,10 @@ class _DecodedBatch(_BatchJob):
             for name, values in again.items():
                 drawn[name][number] = values[0]
 
-    def _crop(self, slot: int, pixels: np.ndarray, boxes: list[np.ndarray]) -> None:
-        for view, box, crops in zip(self.loader.views, boxes, self.crops):
-            crop = crop_resize(pixels, tuple(box.tolist()), self.loader.size, view.interpolation)
-            crops[slot] = torch.from_numpy(crop)
+    def _crop(self, slot: int, pixels: np.ndarray, first: int, boxes: list[list[int]]) -> None:
+        for view, (top, left, height, width), crops in zip(self.loader.views, boxes, self.crops):
+            box = (top - first, left, height, width)
+            crops.numpy()[slot] = crop_resize(pixels, box, self.loader.size, view.interpolation)  # (C, h, w)
 
 
 class _StreamedBatch(_DecodedBatch):

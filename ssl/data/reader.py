@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssl.data.decode import DecodeError, decode, image_size
+from ssl.data.jpeg_rows import Layout, decode_rows, read_layout
 from ssl.data.stream import StreamError
 
 if TYPE_CHECKING:
@@ -43,6 +44,29 @@ class Reader:
         """An image as the source has it, and its (height, width) from the header. Raises DecodeError or OSError."""
         data = self.read(index)
         return data, (data.shape[0], data.shape[1]) if isinstance(data, np.ndarray) else image_size(data)
+
+    def open_rows(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int], Layout | None]:
+        """What `open` gives, and the layout by which `decode_rows` may decode less than the whole image."""
+        data = self.read(index)
+        if isinstance(data, np.ndarray):
+            return data, (data.shape[0], data.shape[1]), None
+        layout = read_layout(data)
+        return data, image_size(data) if layout is None else (layout.height, layout.width), layout
+
+    def decode_rows(
+        self, index: int, data: bytes | np.ndarray, size: tuple[int, int], layout: Layout | None, top: int, bottom: int
+    ) -> tuple[np.ndarray, int]:
+        """Rows of pixels, uint8 (R, W, C), those from `top` to `bottom` among them, and the number of the first.
+
+        Valid, and raises, as `decode`.
+        """
+        buffer = None if layout is None else self._buffer(size)
+        if layout is not None and buffer is not None:
+            assert isinstance(data, bytes)
+            rows = decode_rows(data, layout, top, bottom, channels=self.channels, buffer=buffer)
+            if rows is not None:
+                return rows
+        return self.decode(index, data, size), 0
 
     def decode(self, index: int, data: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The pixels, uint8 (H, W, C), valid until this thread decodes the next image.
