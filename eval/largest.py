@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32
+LIFT = 4
 
 Margin = Callable[[Tensor], Tensor]
 
@@ -55,16 +56,24 @@ class Largest:
 
     def _offer(self, score: Tensor, first: int, margin: Margin, size: int) -> None:
         groups = score.unflatten(1, (size, -1))  # (B, G, n/G)
-        maxima = groups.amax(1)  # (B, n/G)
+        maxima = self._maxima(groups)  # (B, n/G)
         row, column = self._reach_bar(maxima)
-        if 4 * len(row) > self.count * len(score):  # so many that it pays to raise the bar first
+        if LIFT * len(row) > self.count * len(score):  # so many that it pays to raise the bar first
             some = maxima if maxima.shape[1] >= 2 * self.count else score
-            some = some.topk(min(self.count, some.shape[1]), dim=1, sorted=False).values.float()
-            top = torch.cat([self.top, some], 1).topk(self.count, dim=1).values  # (B, k)
+            top = torch.cat([self.top, some.float()], 1).topk(self.count, dim=1).values  # (B, k)
             self._raise_bar(top, margin, score.dtype)
             row, column = self._reach_bar(maxima)
         self.waiting.append(Groups(groups.transpose(1, 2)[row, column], row, first + column, maxima.shape[1]))
         self.num_waiting += len(row)
+
+    def _maxima(self, groups: Tensor) -> Tensor:
+        """Of groups of scores (B, G, n/G) the maximum where it reaches the bar, else any of them: (B, n/G).
+
+        What is positive in bfloat16 has the order of its bits, of which a CPU finds the largest four times as fast.
+        """
+        if groups.dtype == torch.bfloat16 and groups.device.type == "cpu" and bool((self.bar > 0).all()):
+            return groups.view(torch.int16).amax(1).view(torch.bfloat16)
+        return groups.amax(1)
 
     def _reach_bar(self, maxima: Tensor) -> tuple[Tensor, Tensor]:
         """Row (g,) and column (g,) of the maxima (B, n/G) that reach their row's bar."""
