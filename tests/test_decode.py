@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
 from ssl.data import decode as module
-from ssl.data.decode import DecodeError, crop_resize, decode, image_size
+from ssl.data.decode import DecodeError, crop_resize, crop_resize_into, decode, image_size
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 
@@ -198,6 +198,22 @@ def test_crop_of_the_target_size_is_exact_and_leaves_read_only_sources_alone(rec
     got = crop_resize(image, (3, 4, 10, 12), (10, 12))
     np.testing.assert_array_equal(got, image[3:13, 4:16].transpose(2, 0, 1))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("box", [(0, 0, 61, 83), (5, 9, 40, 33), (13, 2, 24, 17), (60, 82, 1, 1)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("together", [True, False], ids=["channels together", "channels apart"])
+def test_a_crop_written_into_memory_is_the_same_whatever_lies_together_there(interpolation, box, channels, together):
+    image = np.random.default_rng(0).integers(0, 256, (61, 83, channels), dtype=np.uint8)
+    want = crop_resize(image, box, (24, 17), interpolation)
+    if together:
+        out = torch.zeros(3, 24, 17, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+    else:
+        out = torch.zeros(3, channels, 24, 17, dtype=torch.uint8)
+    crop_resize_into(out[1], image, box, interpolation)
+    np.testing.assert_array_equal(out[1].numpy(), want)
+    assert not out[[0, 2]].any()
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_sample")

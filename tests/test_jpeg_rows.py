@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from PIL import Image
 
 from ssl.data import reader as module
@@ -301,3 +302,11 @@ def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int
     assert bad == also_bad == {8, 9}
     for rows, expected in zip(ours, whole, strict=True):
         np.testing.assert_array_equal(rows, expected)
+
+
+def test_the_channels_of_decoded_crops_lie_together_in_memory():
+    loader = Loader(ImageList([jpeg(noise(40, 40))] * 3), [View()], size=(24, 16), channels=3, seed=0, in_memory_gib=0)
+    with loader:
+        (crops,) = next(loader.batches(start_step=0, stop_step=1, global_batch_size=3))["crops"]
+    assert crops.shape == (3, 3, 24, 16)
+    assert crops.is_contiguous(memory_format=torch.channels_last)

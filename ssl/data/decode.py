@@ -22,6 +22,11 @@ _MODES = {1: "L", 3: "RGB"}
 _JPEG = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
+# What `functional.interpolate` calls; through torch.ops.aten they take 4 microseconds more.
+_RESIZE = {
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,  # pyright: ignore[reportAttributeAccessIssue]
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,  # pyright: ignore[reportAttributeAccessIssue]
+}
 
 
 class DecodeError(ValueError):
@@ -71,13 +76,33 @@ def crop_resize(
 
     Antialiased `bicubic` or `bilinear`: Pillow's `resize` of the cropped box, to one or two levels.
     """
+    pixels = _cut(image, box)  # (1, C, height, width)
+    if pixels.shape[2:] != tuple(size):
+        pixels = functional.interpolate(pixels, tuple(size), mode=interpolation, antialias=True)  # (1, C, h, w)
+    return pixels[0].contiguous().numpy()
+
+
+def crop_resize_into(
+    out: torch.Tensor, image: np.ndarray, box: tuple[int, int, int, int], interpolation: str = "bicubic"
+) -> None:
+    """What `crop_resize` returns, written to `out`, uint8 (C, h, w); fastest if its channels lie together in memory.
+
+    Torch's kernel then need not part the channels of its result, which takes 40 of 107 microseconds at 224 pixels.
+    """
+    pixels = _cut(image, box)  # (1, C, height, width)
+    if pixels.shape[2:] == out.shape[1:]:
+        out.copy_(pixels[0])
+    else:
+        _RESIZE[interpolation](pixels, out.shape[1:], False, None, None, out=out[None])
+
+
+def _cut(image: np.ndarray, box: tuple[int, int, int, int]) -> torch.Tensor:
+    """The box of an image (H, W, C) as a tensor (1, C, height, width) whose channels lie together in memory.
+
+    Torch's vectorised uint8 kernel reads such memory; a copy of the box costs less than its own unpacking.
+    """
     top, left, height, width = (int(number) for number in box)
-    # Torch's vectorised uint8 kernel reads channels-last memory; a copy of the box costs less than its own unpacking.
-    crop = np.array(image[top : top + height, left : left + width], order="C")  # (height, width, C)
-    pixels = torch.from_numpy(crop).permute(2, 0, 1)  # (C, height, width)
-    if (height, width) != tuple(size):
-        pixels = functional.interpolate(pixels[None], tuple(size), mode=interpolation, antialias=True)[0]  # (C, h, w)
-    return pixels.contiguous().numpy()
+    return torch.from_numpy(np.array(image[top : top + height, left : left + width], order="C")).permute(2, 0, 1)[None]
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ssl.data.bad_images import BadImages, BadList
-from ssl.data.decode import crop_resize
+from ssl.data.decode import crop_resize_into
 from ssl.data.jpeg_rows import Layout
 from ssl.data.memory import MemoryImages, common_size, hold
 from ssl.data.policies import apply_policy_
@@ -400,9 +400,17 @@ class _Opened:
 
 
 class _DecodedBatch(_BatchJob):
-    """A batch from encoded images: of each the rows that its views need are decoded once, for all of them."""
+    """A batch from encoded images: of each the rows that its views need are decoded once, for all of them.
+
+    In the crops' memory the channels of a pixel lie together, as crops are made fastest.
+    """
 
     chunk_limits = DECODED_CHUNK
+
+    def __init__(self, loader: Loader, index: np.ndarray, epoch: int):
+        super().__init__(loader, index, epoch)
+        size = (len(index), *loader.size, loader.channels)
+        self.crops = [crops.view(size).permute(0, 3, 1, 2) for crops in self.crops]  # V times (B, C, h, w)
 
     def work(self, start: int, stop: int, should_stop: ShouldStop) -> None:
         # The headers are read first, so that the numbers of a chunk's views are drawn at once.
@@ -467,7 +475,7 @@ class _DecodedBatch(_BatchJob):
     def _crop(self, slot: int, pixels: np.ndarray, first: int, boxes: list[list[int]]) -> None:
         for view, (top, left, height, width), crops in zip(self.loader.views, boxes, self.crops):
             box = (top - first, left, height, width)
-            crops.numpy()[slot] = crop_resize(pixels, box, self.loader.size, view.interpolation)  # (C, h, w)
+            crop_resize_into(crops[slot], pixels, box, view.interpolation)  # (C, h, w)
 
 
 class _StreamedBatch(_DecodedBatch):

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
+import torch
 from PIL import Image
 
-from ssl.data.decode import crop_resize, exif_orientation
+from ssl.data.decode import crop_resize_into, exif_orientation
 from ssl.data.reader import UNREADABLE, Reader
 from ssl.data.sources import UNLABELLED, Source
 from ssl.data.threads import ShouldStop, chunk_bounds
@@ -67,8 +68,10 @@ def store_image(data: bytes | np.ndarray, pixels: np.ndarray, size: Size) -> tup
     kind = "converted"
     if (height, width) != pixels.shape[:2]:
         kind = "shrunk"
-        whole = (0, 0, *pixels.shape[:2])
-        pixels = crop_resize(pixels, whole, (height, width)).transpose(1, 2, 0)  # pyright: ignore  # (h, w, C)
+        whole = (0, 0, pixels.shape[0], pixels.shape[1])
+        resized = np.empty((height, width, pixels.shape[2]), np.uint8)
+        crop_resize_into(torch.from_numpy(resized).permute(2, 0, 1), pixels, whole)
+        pixels = resized
     elif isinstance(data, bytes) and _may_stay(data, channels=pixels.shape[2]):
         return data, "copied"
     if pixels.shape[2] == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
