@@ -87,9 +87,10 @@ def knn(
     Sums are taken in log space in float64, so no temperature overflows or loses a vote. Ties have a rule: of equally
     close images the one that stands earlier in the bank is nearer; of classes with equal votes the lower number wins; a
     class without a vote is never a hit. `center` subtracts the bank's mean first, as raw pixels need. A k beyond the
-    bank is cut to the bank's size, with a note. `index`: `auto` (the faster of torch and faiss), `faiss`, `torch` or
-    `shortlist`; all find the same. With `over_ranks` each process searches a slice of the bank: all must call it, with
-    the same features. Raises ValueError for settings without meaning and features that no vote can be taken over.
+    bank is cut to the bank's size, with a note. `index`: `faiss`, `torch`, `shortlist` or `auto` (the
+    fastest of them for these features); all find the same. With `over_ranks` each process searches a slice of the bank:
+    all must call it, with the same features. Raises ValueError for settings without meaning and features that no vote
+    can be taken over.
     """
     check(bank, bank_labels, queries, query_labels, num_classes=num_classes)
     temperatures = check_settings(k, temperature, metric=metric, vote=vote)

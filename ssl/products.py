@@ -26,6 +26,12 @@ def has_onednn() -> bool:
     return _LINEAR is not None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself, at twice the rate of fp32; False where torch cannot tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return has_onednn() and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def _is_for_onednn(a: Tensor, b: Tensor) -> bool:
     is_fp32_on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
     wants_gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)

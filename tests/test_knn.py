@@ -152,6 +152,26 @@ def test_the_index_by_default_is_torch_where_onednn_multiplies_and_else_faiss(mo
     assert scores.rows == knn(*data, k=[5], num_classes=4, index="faiss").rows
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("spread", "tells_apart"), [(1.0, True), (1e-3, False)])
+def test_the_index_by_default_is_a_shortlist_where_that_is_fast_and_tells_features_apart(
+    monkeypatch, fast, spread, tells_apart
+):
+    monkeypatch.setattr("eval.scan.has_onednn", lambda: True)
+    monkeypatch.setattr("eval.neighbours.multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr("eval.neighbours.SAMPLE", 4)
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(num, 32, generator=generator) for num in (600, 64))
+    bank[1::2] = bank[0] + spread * bank[1::2]  # half of them around one point, where all queries lie
+    rows = Rows(bank, "cosine", torch.device("cpu"))
+    for num in (63, 64):  # fewer are not worth a trial
+        near = bank[0] + spread * queries[:num]
+        found, expected = nearest(rows, near, 5, index="auto"), nearest(rows, near, 5, index="torch")
+        assert found.index.startswith("bfloat16" if fast and tells_apart and num == 64 else "torch")
+        assert torch.equal(found.place, expected.place)
+        assert torch.equal(found.closeness, expected.closeness)
+
+
 def test_rank_counts_better_classes_and_equal_lower_ones():
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0], [1.0, 3.0, 3.0, 0.0], [torch.nan, 1.0, 2.0, 0.0]])
     assert rank_of_label(scores, torch.tensor([2, 1, 0])).tolist() == [1, 0, 4]

@@ -66,3 +66,21 @@ def test_products_without_rows_or_columns_are_empty_or_zero():
     for rows, dim, columns in ((0, 3, 2), (2, 3, 0), (2, 0, 3)):
         expected = torch.zeros(rows, columns)
         torch.testing.assert_close(product(torch.ones(rows, dim), torch.ones(columns, dim)), expected)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False, "amx_bf16": False}, False)],
+)
+def test_bfloat16_is_multiplied_where_processor_and_onednn_can(monkeypatch, known, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(products, "_LINEAR", torch.mm)
+    assert products.multiplies_bfloat16() == expected
+    monkeypatch.setattr(products, "_LINEAR", None)
+    assert not products.multiplies_bfloat16()
+
+
+def test_a_torch_that_cannot_tell_what_the_processor_can_multiplies_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(products, "_LINEAR", torch.mm)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not products.multiplies_bfloat16()
