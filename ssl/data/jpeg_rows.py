@@ -7,7 +7,7 @@ count from 0 and its height is right. One more row of pixels on each side comes 
 
 A file that ends early has no end marker and is decoded whole, so it is bad whatever the crop; with restart markers, so
 is one whose markers are not all there in order. Other damage is noticed only in the rows that are decoded: an image of
-which something else is damaged may pass where decoding all of it would have called it bad.
+which something else is damaged is shown, undamaged as far as the crop goes, until a crop meets the damage.
 """
 
 from __future__ import annotations
