@@ -21,7 +21,7 @@ from ssl.products import multiplies_bfloat16
 
 TILE = 4096
 SAMPLE = 256  # queries that a shortlist is tried on
-PAIR_VALUES = {"cpu": 2**17, "cuda": 2**25}  # what a step of `measure` makes in float64 stays in a core's cache
+PAIR_VALUES = {"cpu": 2**19, "cuda": 2**25}  # of a step of `measure`; more than 2**20 take a CPU five times as long
 
 
 @dataclass(frozen=True)
