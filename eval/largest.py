@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-LIFT = 4
+LIFT = 4  # the bar is raised before more than `count` / LIFT groups per query are taken from a tile
+WAIT = 4  # and what waits is settled once it is more than WAIT * `count` groups per query
 
 Margin = Callable[[Tensor], Tensor]
 
@@ -51,7 +52,7 @@ class Largest:
             self._offer(score[:, :whole], first, margin, GROUP)
         if whole < score.shape[1]:
             self._offer(score[:, whole:], first + whole, margin, 1)
-        if self.num_waiting > 4 * self.count * len(score):
+        if self.num_waiting > WAIT * self.count * len(score):
             self.settle(margin)
 
     def _offer(self, score: Tensor, first: int, margin: Margin, size: int) -> None:
