@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
 from ssl.data import decode as module
+from ssl.data.decode import _RESIZE as RESIZE
 from ssl.data.decode import DecodeError, crop_resize, crop_resize_into, decode, image_size
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
@@ -203,8 +204,13 @@ def test_crop_of_the_target_size_is_exact_and_leaves_read_only_sources_alone(rec
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("box", [(0, 0, 61, 83), (5, 9, 40, 33), (13, 2, 24, 17), (60, 82, 1, 1)])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("has_kernel", [True, False])
 @pytest.mark.parametrize("together", [True, False], ids=["channels together", "channels apart"])
-def test_a_crop_written_into_memory_is_the_same_whatever_lies_together_there(interpolation, box, channels, together):
+def test_a_crop_written_into_memory_is_the_same_whatever_lies_together_there(
+    interpolation, box, channels, together, has_kernel, monkeypatch
+):
+    if not has_kernel:
+        monkeypatch.setitem(RESIZE, interpolation, None)
     image = np.random.default_rng(0).integers(0, 256, (61, 83, channels), dtype=np.uint8)
     want = crop_resize(image, box, (24, 17), interpolation)
     if together:

@@ -55,7 +55,7 @@ class Loader:
     times a dict of tensors (B, ...), `noise` float32 (B, num_noise). An image that cannot be decoded is replaced: its
     slot keeps its `index`, and the random numbers that follow from it, and has the other image's pixels and label.
 
-    Every batch is its own memory, because the consumer may still hold the one before: at most `prefetch` + 1 exist
+    Every batch is its own memory, which is used again once nothing refers to it: at most `prefetch` + 1 batches exist
     beside those that the consumer keeps. `bad` tells the images that were replaced, `in_memory` whether the decoded set
     is held, `image_shape` (C, H, W) where all images agree (where they are not held: all of a sample).
 
