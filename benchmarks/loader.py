@@ -247,7 +247,7 @@ def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--images", type=Path, help="a folder of JPEG photos")
     parser.add_argument("--num-photos", type=int, default=512, help="photos per round and way")
-    parser.add_argument("--num-small", type=int, default=8192, help="CIFAR-size images per round and way")
+    parser.add_argument("--num-small", type=int, default=51_200, help="CIFAR-size images per round and way")
     return parser
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssl.distributed import all_gather, rank
+from ssl.products import product
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Similarities held at once: 4 MiB in fp32, which stay in a CPU's cache, and 64 MiB. On a CPU 2**22 take as long."""
@@ -117,11 +118,9 @@ class _NTXent(torch.autograd.Function):
         hits = torch.empty(num_anchors, dtype=torch.bool, device=anchors.device)
         itself = torch.arange(first, first + num_anchors, device=anchors.device)
         positive = itself ^ 1  # the even rows' neighbour is above, the odd ones' below
-        space = anchors.new_empty(min(chunk_size, num_anchors), num_keys)
         for start in range(0, num_anchors, chunk_size):
             part = slice(start, min(start + chunk_size, num_anchors))
-            logits = space[: part.stop - part.start]
-            torch.mm(anchors[part] / temperature, keys.t(), out=logits)  # (A', M)
+            logits = product(anchors[part] / temperature, keys)  # (A', M)
             positive_column = positive[part, None]
             positive_logit = logits.gather(1, positive_column)  # (A', 1)
             logits.scatter_(1, itself[part, None], -torch.inf).scatter_(1, positive_column, -torch.inf)
@@ -135,8 +134,9 @@ class _NTXent(torch.autograd.Function):
             if needs_gradient:  # of the loss by the logits: softmax, less 1 at the positive
                 weights.scatter_(1, positive_column, positive_weight - total)
                 total *= temperature * num_anchors
-                anchor_gradient[part] += torch.mm(weights, keys).div_(total)
+                anchor_gradient[part] += product(weights, keys.t()).div_(total)
                 key_gradient.addmm_(weights.t(), anchors[part] / total)
+            del logits, weights  # before the next chunk's take as much
         if needs_gradient:
             ctx.save_for_backward(*([key_gradient] if others is None else [anchor_gradient, key_gradient]))
         top1 = hits.to(losses.dtype).mean()
