@@ -77,10 +77,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def parts(given: argparse.Namespace) -> Iterator[Part]:
-    """Our default index, and the bfloat16 shortlist."""
+    """Our default index, the search in fp32, and the bfloat16 shortlist with its recall measured."""
     size = f"{given.queries:,} queries, {given.bank:,} x {given.dim}"
-    for index, name in (("auto", "kNN"), ("shortlist", "kNN by shortlist")):
-        yield Part(f"{name}, {size}", "queries", given.queries, partial(ways, given, index), WANTED)
+    for index, name in (("auto", "kNN"), ("torch", "kNN in fp32"), ("shortlist", "kNN by shortlist")):
+        wanted = {} if index == "torch" else WANTED
+        yield Part(f"{name}, {size}", "queries", given.queries, partial(ways, given, index), wanted)
 
 
 def ways(given: argparse.Namespace, index: str) -> dict[str, Way]:

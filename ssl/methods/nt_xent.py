@@ -110,7 +110,7 @@ class _NTXent(torch.autograd.Function):
         2i and 2i + 1 are positives.
         """
         keys = anchors if others is None else others
-        num_anchors, num_keys = len(anchors), len(keys)
+        num_anchors = len(anchors)
         needs_gradient = any(ctx.needs_input_grad)
         key_gradient = torch.zeros_like(keys) if needs_gradient else anchors
         anchor_gradient = key_gradient if others is None or not needs_gradient else torch.zeros_like(anchors)
