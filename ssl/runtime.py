@@ -7,8 +7,8 @@ it.
 
 The C library keeps memory that was freed. By default it hands large blocks back to the system and asks for new ones,
 which come page by page and zeroed: that took a quarter of the time of making 32-pixel views. Blocks above 32 MiB, the
-largest limit that it takes, still go back. MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ in the environment
-override it.
+largest limit that it takes, still go back. MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES in the
+environment override it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 
 def _keep_freed_memory() -> None:
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt

@@ -110,7 +110,7 @@ def test_grayscale_flip_and_solarize_equal_torchvisions():
     torch.testing.assert_close(changed, torchvision.rgb_to_grayscale(images, 3), rtol=0, atol=1e-6)
     for flip in ([True] * 6, [False, True, True, False, False, True], [False] * 6):
         expected = torch.stack([torchvision.hflip(x) if swap else x for x, swap in zip(crops, flip, strict=True)])
-        assert torch.equal(augment.flipped(crops, np.array(flip)), expected)
+        assert torch.equal(augment.with_flips(crops, np.array(flip)), expected)
     thresholds = [0.0, 0.2, 128 / 255, 0.7, 254 / 255, 1.0]
     expected = torch.stack([torchvision.solarize(x, t) for x, t in zip(images, thresholds, strict=True)])
     augment.solarize_(images, torch.tensor(thresholds)[:, None])

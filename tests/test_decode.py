@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
@@ -220,6 +221,31 @@ def test_a_crop_written_into_memory_is_the_same_whatever_lies_together_there(
     crop_resize_into(out[1], image, box, interpolation)
     np.testing.assert_array_equal(out[1].numpy(), want)
     assert not out[[0, 2]].any()
+
+
+def jpeg_441() -> bytes:
+    """A JPEG whose chroma has a fourth of the rows: 4:1:1 with its blocks called one above the other, not beside."""
+    data = bytearray(simplejpeg.encode_jpeg(smooth(32, 128), 85, colorsubsampling="411"))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x41
+    data[frame + 5 : frame + 9] = bytes([0, 128, 0, 32])
+    data[frame + 11] = 0x14
+    return bytes(data)
+
+
+def test_a_sampling_without_a_name_is_decoded_by_pillow():
+    data = jpeg_441()
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert image_size(data) == (128, 32)
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_the_luma_of_a_jpeg_is_the_files_whichever_decoder_takes_it():
+    good = encode(smooth(64, 48), "JPEG", subsampling="4:2:0", restart_marker_rows=1)
+    at = good.index(b"\xff\xd0")
+    warned = good[:at] + b"\0\0" + good[at:]  # bytes before a marker: simplejpeg refuses them, Pillow passes over them
+    np.testing.assert_array_equal(decode(warned, 1), decode(good, 1))
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_sample")

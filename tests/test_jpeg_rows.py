@@ -248,6 +248,9 @@ def test_without_markers_missing_rows_are_noticed_where_they_are_needed():
     data = data[: int(len(data) * 0.7)] + END
     assert outcome(data, 20, 90) is None
     assert outcome(data, 70, 80) is None
+    shown = outcome(data, 10, 20)
+    assert shown is not None
+    np.testing.assert_array_equal(shown, pillow(jpeg(noise(96, 60)))[10:20])
 
 
 @pytest.mark.parametrize("restart_rows", [0, 1])
@@ -302,6 +305,33 @@ def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int
     assert bad == also_bad == {8, 9}
     for rows, expected in zip(ours, whole, strict=True):
         np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("how", [{"start": 1}, {"start": 5}, {"start": 11}, {"threads": 4}, {"num_ranks": 2}], ids=str)
+def test_what_damaged_images_show_depends_on_the_step_alone(how: dict[str, int]):
+    """Images that end early behind an end marker: a crop above shows them, one that needs what is missing does not."""
+    images = [jpeg(smooth(96, 64) ^ np.uint8(number)) for number in range(20)]
+    for number in (3, 4, 11):
+        images[number] = images[number][: len(images[number]) * 8 // 10] + END
+
+    def crops(start: int = 0, threads: int = 1, num_ranks: int = 1) -> tuple[np.ndarray, set[int]]:
+        """Those of the steps from `start` on, (steps, B, C, h, w), and the images that were replaced somewhere."""
+        ranks, bad = [], set()
+        for rank in range(num_ranks):
+            with Loader(
+                ImageList(images), [View(scale=(0.1, 0.4))], size=(16, 16), channels=3, seed=1, threads=threads,
+                in_memory_gib=0, max_bad_fraction=0.5, prefetch=6,
+            ) as loader:  # fmt: skip
+                made = loader.batches(
+                    start_step=start, stop_step=24, global_batch_size=10, rank=rank, world_size=num_ranks
+                )
+                ranks.append(np.stack([batch["crops"][0].numpy() for batch in made]))
+                bad |= set(loader.bad)
+        return np.concatenate(ranks, axis=1), bad
+
+    expected, bad = crops()
+    assert bad == {3, 4, 11}
+    np.testing.assert_array_equal(crops(**how)[0], expected[how.get("start", 0) :])
 
 
 def test_the_channels_of_decoded_crops_lie_together_in_memory():

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 
+from ssl.data.augment import Augment
+from ssl.data.loader import Loader
 from ssl.data.recycled import KEPT, SIZES, Recycled
+from ssl.data.views import View
+from tests.image_list import ImageList, png
 
 
 def test_memory_is_used_again_once_the_last_view_of_it_is_gone():
@@ -46,9 +53,44 @@ def test_a_tensor_outlives_what_it_came_from():
     tensor = recycled.empty((1000,), torch.int64).copy_(torch.arange(1000))
     del recycled
     gc.collect()
-    other = torch.empty(1000, dtype=torch.int64).fill_(7)
+    others = [torch.full((1000,), 7, dtype=torch.int64) for _ in range(100)]
+    assert tensor.data_ptr() not in [other.data_ptr() for other in others]
     assert torch.equal(tensor, torch.arange(1000))
-    assert other.sum() == 7000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_what_holds_recycled_memory_can_be_copied(copied):
+    view = View()
+    augment = Augment([view], mean=[0.5] * 3, std=[0.2] * 3)
+    crops = torch.arange(3 * 16, dtype=torch.uint8).view(1, 3, 4, 4)
+    parameters = {"flip": np.array([True])}
+    expected = augment.make_view(view, crops, parameters)
+    assert torch.equal(copied(augment).make_view(view, crops, parameters), expected)
+
+
+@pytest.mark.parametrize("in_memory_gib", [0.0, 1.0], ids=["decoded", "held"])
+def test_batches_that_are_kept_stay_as_they_were_while_others_are_made(in_memory_gib: float):
+    images = [png(np.random.default_rng(number).integers(0, 256, (9, 8, 3), dtype=np.uint8)) for number in range(12)]
+    view = View(flip=0.5)
+    with Loader(
+        ImageList(images),
+        [view],
+        size=(6, 6),
+        channels=3,
+        seed=0,
+        in_memory_gib=in_memory_gib,
+        transform=Augment([view], mean=[0.5] * 3, std=[0.2] * 3),
+    ) as loader:
+        kept, copies = [], []
+        for batch in loader.batches(start_step=0, stop_step=40, global_batch_size=4):
+            (views,) = batch["views"]
+            for part in (views[1], views[:, 0].numpy(), views.flatten()[5:9]):
+                kept.append(part)
+                copies.append(np.asarray(part).copy())
+            if len(kept) > 30:
+                del kept[::2], copies[::2]  # so that some memory comes back
+    for part, expected in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(np.asarray(part), expected)
 
 
 def test_no_more_is_kept_than_was_in_use_at_once_and_of_few_sizes():

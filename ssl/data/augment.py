@@ -85,7 +85,7 @@ class Augment(nn.Module):
             chunk = {name: values[rows] for name, values in parameters.items()}
             images = _take(result, rows) if _is_range(rows) else torch.empty_like(result[: len(rows)])
             _photometric(view, _take(crops, rows), images, chunk, kernel_size)
-            images.mul_(1 / (view_range(view) * self.std)).sub_(self.mean / self.std)
+            images.mul_(1 / (white_level(view) * self.std)).sub_(self.mean / self.std)
             if view.erase:
                 erase_(images, chunk["erase_box"], chunk["erase_key"], mode=view.erase_mode)
             if not _is_range(rows):  # else they lie in the result already
@@ -97,8 +97,8 @@ def _photometric(
     view: View, crops: Tensor, images: Tensor, parameters: Mapping[str, np.ndarray], kernel_size: int
 ) -> None:
     """Write the uint8 `crops` into `images`: flip, jitter, grayscale, blur, solarise, in this order."""
-    images.copy_(flipped(crops, parameters["flip"]))
-    if view_range(view) == 1:
+    images.copy_(with_flips(crops, parameters["flip"]))
+    if white_level(view) == 1:
         images.div_(255)
     if view.jitter:
         for slot in range(len(JITTER_OPERATIONS)):
@@ -173,12 +173,12 @@ def grayscale_(images: Tensor) -> None:
     images.copy_(_grey(images))
 
 
-def view_range(view: View) -> int:
+def white_level(view: View) -> int:
     """What white is before `view` is normalised: 1, or 255 where no operation comes before that needs 0..1."""
     return 1 if view.jitter or view.grayscale or view.blur or view.solarize else 255
 
 
-def flipped(crops: Tensor, flip: np.ndarray) -> Tensor:
+def with_flips(crops: Tensor, flip: np.ndarray) -> Tensor:
     """The uint8 `crops` with left and right swapped where `flip` (B,)."""
     rows = np.flatnonzero(flip)
     if not len(rows):

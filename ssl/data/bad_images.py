@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 NUM_LISTED = 20
 NUM_ATTEMPTS = 1000
+IN_SOME_ROWS = " (crops of other rows are shown)"
+"""The end of a message; kept in it, other ranks and a resumed run know it too."""
 
 
 class BadImages(ValueError):
@@ -56,12 +58,20 @@ class BadList:
             attempt += 1
         return shown
 
-    def add(self, index: int, error: Exception) -> None:
-        """Remember and log a bad image, once. Raises BadImages when there are too many."""
+    def is_given_up(self, index: int) -> bool:
+        """Whether it is known that no crop can show an image."""
+        message = self.messages.get(index)
+        return message is not None and not message.endswith(IN_SOME_ROWS)
+
+    def add(self, index: int, error: Exception, *, in_some_rows: bool = False) -> None:
+        """Remember and log a bad image, once; `in_some_rows`: one that crops of other rows may show.
+
+        Raises BadImages when there are too many.
+        """
         with self._lock:
             if index in self.messages:
                 return
-            self.messages[index] = f"{self._source.describe(index)}: {error}"
+            self.messages[index] = f"{self._source.describe(index)}: {error}{IN_SOME_ROWS * in_some_rows}"
             log.warning("cannot decode %s; another image takes its place", self.messages[index])
             self._check(self.messages)
 
@@ -77,7 +87,7 @@ class BadList:
         return news
 
     def learn(self, messages: Mapping[int, str]) -> None:
-        """Count what other ranks have, or an earlier start of the run; it is not read again.
+        """Count what other ranks have, or an earlier start of the run; what no crop can show is not read again.
 
         Raises BadImages when there are too many, on all ranks alike if all learn the same.
         """

@@ -60,13 +60,14 @@ def image_size(data: bytes) -> tuple[int, int]:
     if data[:3] == _JPEG:
         try:
             height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
+            return (width, height) if exif_orientation(data) in _SWAPS_SIDES else (height, width)
         except ValueError as error:
             raise DecodeError(f"JPEG header: {error}") from error
-        swapped = exif_orientation(data) in _SWAPS_SIDES
-    else:
-        with _open(data) as image:
-            width, height = image.size
-            swapped = _pillow_orientation(image) in _SWAPS_SIDES
+        except KeyError:  # a sampling of colours that simplejpeg has no name for, as 4:4:1
+            pass
+    with _open(data) as image:
+        width, height = image.size
+        swapped = _pillow_orientation(image) in _SWAPS_SIDES
     return (width, height) if swapped else (height, width)
 
 
@@ -167,6 +168,8 @@ def _decode_jpeg(data: bytes, channels: int, buffer: np.ndarray | None) -> np.nd
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, buffer=buffer)
     except DecodeError:
         raise
+    except KeyError:  # as in `image_size`
+        return None
     except ValueError as error:
         # Strict mode also refuses harmless warnings, such as stray bytes before a marker, which Pillow passes over.
         # Truncation is no such thing: lenient decoders fill the missing part with gray.
@@ -180,6 +183,8 @@ def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
         _check_pixels(image.height, image.width)
         try:
             orientation = _pillow_orientation(image)
+            if channels == 1 and image.format == "JPEG":
+                image.draft("L", None)  # the luma that the file has, as simplejpeg takes it; not that of its RGB
             image.load()
             pixels = _to_8_bit(image, channels)
         except DecodeError:

@@ -2,6 +2,8 @@
 
 Which images a batch holds and how each is cropped is a pure function of (seed, step): threads, ranks, prefetch, the
 speed of reads and a resume do not enter. How the images are stored only does where they are streamed, see WindowOrder.
+Whether they are held decoded does in two ways: held and decoded crops agree to one level, before a policy, and a JPEG
+that is damaged below a crop can be shown in it where it is not held.
 """
 
 from __future__ import annotations
@@ -431,11 +433,15 @@ class _DecodedBatch(_BatchJob):
                     self.do_policy(view, crops[start:stop], drawn, number)
 
     def _read(self, slot: int, *, attempt: int) -> _Opened:
-        """The first readable image among the slot's own and its replacements from `attempt` on."""
+        """The first readable image among the slot's own and its replacements from `attempt` on.
+
+        An image that some crops can show is tried again: what a slot shows must not depend on which crops met the
+        damage before.
+        """
         bad = self.loader.bad_list
         while True:
             index = bad.candidate(int(self.index[slot]), attempt)
-            if index not in bad.messages:
+            if not bad.is_given_up(index):
                 try:
                     return _Opened(index, attempt, *self.loader.reader.open_rows(index))
                 except UNREADABLE as error:
@@ -456,7 +462,7 @@ class _DecodedBatch(_BatchJob):
                     opened.index, opened.data, opened.size, opened.layout, top, bottom
                 )
             except UNREADABLE as error:
-                self.loader.bad_list.add(opened.index, error)
+                self.loader.bad_list.add(opened.index, error, in_some_rows=opened.layout is not None)
                 self.missed.add(opened.index)
                 size, opened = opened.size, self._read(slot, attempt=opened.attempt + 1)
                 if opened.size != size:

@@ -123,7 +123,7 @@ def is_batched(size: Sequence[int]) -> bool:
 
 
 def empty_images(num: int, channels: int, size: Sequence[int]) -> np.ndarray:
-    """Uninitialised uint8 (N, C, H, W), in memory with the axis first that is resized first."""
+    """Uninitialised uint8 of the logical shape (N, C, H, W); in memory the axis that is resized first stands first."""
     height, width = size
     if is_batched(size):
         return np.empty((num, width, channels, height), np.uint8).transpose(0, 2, 3, 1)
@@ -169,9 +169,7 @@ def _weighted_sums(lines: Tensor, place: Tensor, weight: Tensor) -> Tensor:
     return torch.embedding_bag(lines, index, starts, False, 0, False, weight.reshape(-1))[0]
 
 
-def _taps(
-    start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _taps(start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> tuple[Tensor, Tensor]:
     """`resize_taps`, picked out of those of all parts where these are not too many."""
     if source**2 * target * num_taps(source, target, interpolation) > LARGEST_TABLE:
         return resize_taps(start, length, source=source, target=target, interpolation=interpolation)
@@ -220,7 +218,7 @@ def num_taps(source: int, target: int, interpolation: str) -> int:
 
 def resize_taps(
     start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Antialiased resampling of `source` pixels' part [start, start + length) (B,) to `target` pixels.
 
     Returns the pixels that each is made of, int32 (B, target, T), and their weights, float32 of the same shape. The

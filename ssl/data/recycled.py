@@ -28,6 +28,10 @@ class Recycled:
         self._lent: dict[int, weakref.ref[np.ndarray]] = {}
         self._lock = threading.Lock()  # never taken by what takes blocks back, which may run at any time
 
+    def __reduce__(self) -> tuple[type[Recycled], tuple[()]]:
+        """A copy, in this process or another, begins with nothing."""
+        return Recycled, ()
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised CPU tensor."""
         size = math.prod(shape) * dtype.itemsize
