@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from ssl.data.bad_images import BadList
+from ssl.data.batched_resize import crop_resize_batch, resize_taps
 from ssl.data.decode import crop_resize
-from ssl.data.memory import common_size, crop_resize_batch, hold, resize_taps
+from ssl.data.memory import common_size, hold
 from tests.image_list import ImageList, png
 
 
