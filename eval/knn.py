@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ VOTES = ("weighted", "majority")
 TEMPERATURE = 0.07
 DRAWS = 5
 RECALL_QUERIES = 200
+LONGEST = 2.0**61  # length of a feature, of which four times as much can be squared and doubled in fp32
 
 
 @dataclass
@@ -46,8 +48,8 @@ class KnnConfig(EvalConfig):
 class Scores:
     """Accuracies of every (k, temperature) as fractions, and how the neighbours were found.
 
-    `search` tells of a shortlist its recall at the largest k, on how many queries that was measured, and how many of
-    all queries the shortlist left open, which were looked for again by the exact search.
+    `search` tells how many queries the scan left open, which were looked for again. Where the shortlist was asked for
+    by name it has its recall at the largest k as well, and on how many queries that was measured.
     """
 
     rows: list[dict[str, Any]]
@@ -92,7 +94,7 @@ def knn(
     all must call it, with the same features. Raises ValueError for settings without meaning and features that no vote
     can be taken over.
     """
-    check(bank, bank_labels, queries, query_labels, num_classes=num_classes)
+    check(bank, bank_labels, queries, query_labels, num_classes=num_classes, metric=metric)
     temperatures = check_settings(k, temperature, metric=metric, vote=vote)
     mean = gather_rows(bank.mean(dim=0, keepdim=True))[:1] if center and over_ranks else None  # (1, D)
     if center and mean is None:
@@ -121,7 +123,9 @@ def knn(
             if num_classes > 5:
                 row["top5"] = hits[i, j, 1].item() / len(queries)
             table.append(row)
-    search = {} if index != "shortlist" else recall(rows, queries, found, over_ranks=over_ranks)
+    search: dict[str, Any] = {"looked_for_again": found.num_open}
+    if index == "shortlist":
+        search |= recall(rows, queries, found, over_ranks=over_ranks)
     return Scores(table, found.index, notes, search)
 
 
@@ -145,7 +149,7 @@ def recall(rows: Rows, queries: Tensor, found: Found, *, over_ranks: bool) -> di
     some = slice(None, None, -(-len(queries) // RECALL_QUERIES))
     exact = find(rows, queries[some], found.place.shape[1], index="torch", over_ranks=over_ranks)
     same = (found.place[some, :, None] == exact.place[:, None, :]).any(2)  # (S, k)
-    return {"recall": same.double().mean().item(), "recall_queries": len(same), "looked_for_again": found.num_open}
+    return {"recall": same.double().mean().item(), "recall_queries": len(same)}
 
 
 def check_settings(
@@ -170,7 +174,9 @@ def check_settings(
     return list(temperature)
 
 
-def check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, *, num_classes: int) -> None:
+def check(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, *, num_classes: int, metric: str
+) -> None:
     """Refuse features and labels that no vote can be taken over."""
     for what, features, labels in (("bank", bank, bank_labels), ("queries", queries, query_labels)):
         if features.ndim != 2 or len(features) == 0:
@@ -183,8 +189,15 @@ def check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tens
             raise ValueError(
                 f"labels of the {what} must lie in 0..{num_classes - 1}; got {int(labels.min())}..{int(labels.max())}"
             )
-        if not torch.isfinite(torch.stack(features.aminmax())).all():
+        largest = torch.stack(features.aminmax()).abs().max().item()
+        if not math.isfinite(largest):
             raise ValueError(f"the {what} holds features that are not finite; the backbone has diverged")
+        if metric == "euclidean" and not largest * math.sqrt(features.shape[1]) < LONGEST:
+            allowed = LONGEST / math.sqrt(features.shape[1])
+            raise ValueError(
+                f"metric=euclidean needs squared distances that fp32 can hold, so numbers below {allowed:.1e}; "
+                f"the {what} holds {largest:.1e}; divide all features by one number, or use metric=cosine"
+            )
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"the bank's features have {bank.shape[1]} dimensions, the queries' {queries.shape[1]}")
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 GROUP = 32
 LIFT = 4  # the bar is raised before more than `count` / LIFT groups per query are taken from a tile
-WAIT = 4  # and what waits is settled once it is more than WAIT * `count` groups per query
+WAIT = 4  # and what waits is settled once it is more than WAIT * `count` groups per query,
+MOST_WAIT = 2**19  # or more than this many groups
+ALIKE = 4  # of a tile of which more than 1 / ALIKE is taken nothing waits
 
 Margin = Callable[[Tensor], Tensor]
 
@@ -34,11 +36,15 @@ class Largest:
     groups of them. Maxima also find the few scores that reach the bar, so that each score is read about once. Groups
     wait as they are until the bar is final, since by then most of what they hold is below. `value` (B, m) is in falling
     order, then -inf; `place` (B, m) belongs to it; no score that was left out is larger than `bar` (B,).
+
+    Where `most` have been found the bar is the largest that found no room. Scores equal to it would find none either:
+    they are not taken, since where all scores are alike that would be all of them.
     """
 
     def __init__(self, num: int, count: int, most: int, device: torch.device) -> None:
         self.count, self.most = count, most
         self.bar = torch.full((num,), -torch.inf, device=device)  # (B,)
+        self.enter = self.bar.clone()  # (B,): the least that is taken, the bar or what comes after it
         self.top = torch.full((num, count), -torch.inf, device=device)  # (B, k): no two are one and the same score
         self.value = torch.empty(num, 0, device=device)  # (B, m)
         self.place = torch.empty(num, 0, dtype=torch.int64, device=device)
@@ -52,7 +58,7 @@ class Largest:
             self._offer(score[:, :whole], first, margin, GROUP)
         if whole < score.shape[1]:
             self._offer(score[:, whole:], first + whole, margin, 1)
-        if self.num_waiting > WAIT * self.count * len(score):
+        if self.num_waiting > min(WAIT * self.count * len(score), MOST_WAIT):
             self.settle(margin)
 
     def _offer(self, score: Tensor, first: int, margin: Margin, size: int) -> None:
@@ -64,6 +70,9 @@ class Largest:
             top = torch.cat([self.top, some.float()], 1).topk(self.count, dim=1).values  # (B, k)
             self._raise_bar(top, margin, score.dtype)
             row, column = self._reach_bar(maxima)
+        if ALIKE * len(row) > maxima.numel() and ALIKE * self._share_taken(score) > 1:
+            self._take_at_once(score, first, margin)
+            return
         self.waiting.append(Groups(groups.transpose(1, 2)[row, column], row, first + column, maxima.shape[1]))
         self.num_waiting += len(row)
 
@@ -77,15 +86,30 @@ class Largest:
         return groups.amax(1)
 
     def _reach_bar(self, maxima: Tensor) -> tuple[Tensor, Tensor]:
-        """Row (g,) and column (g,) of the maxima (B, n/G) that reach their row's bar."""
-        row, column = (maxima >= self.bar[:, None].to(maxima.dtype)).nonzero().unbind(1)
+        """Row (g,) and column (g,) of the maxima (B, n/G) that are taken."""
+        row, column = (maxima >= self.enter[:, None].to(maxima.dtype)).nonzero().unbind(1)
         return row, column
+
+    def _share_taken(self, score: Tensor, every: int = 16) -> float:
+        """Which share of scores (B, n) is taken, as far as every 16th row tells."""
+        taken = score[::every] >= self.enter[::every, None].to(score.dtype)  # (B/16, n)
+        return int(taken.count_nonzero()) / taken.numel()
+
+    def _take_at_once(self, score: Tensor, first: int, margin: Margin) -> None:
+        """Put scores (B, n) in order without a list of those that are taken: it would be several times their size."""
+        self.settle(margin)
+        place = torch.arange(first, first + score.shape[1], device=score.device).expand(len(score), -1)  # (B, n)
+        value = torch.cat([self.value, score.float()], 1)  # (B, m+n)
+        self.value, order = value.topk(min(self.most + 1, value.shape[1]), dim=1)
+        self.place = torch.cat([self.place, place], 1).gather(1, order)
+        self._leave_out(margin, score.dtype)
 
     def _raise_bar(self, top: Tensor, margin: Margin, dtype: torch.dtype) -> None:
         """To the margin below the least of each row of `top` (B, k), as the scores' `dtype` can hold it."""
         self.top, least = top, top[:, -1]
         bar = torch.where(least > -torch.inf, least - margin(least), least)  # (B,)
         self.bar = torch.maximum(self.bar, bar.to(dtype).float())
+        self.enter = torch.maximum(self.enter, self.bar)
 
     def settle(self, margin: Margin) -> None:
         """Put what waits in order, raise the bar by it, and leave out what does not reach it then."""
@@ -104,24 +128,31 @@ class Largest:
         self.place = place.new_zeros(num * width)
         self.value = self.value.scatter_(0, at, value.index_select(0, fits)).view(num, width)
         self.place = self.place.scatter_(0, at, place.index_select(0, fits)).view(num, width)
+        self.waiting, self.num_waiting = [], 0
+        self._leave_out(margin, dtype)
 
+    def _leave_out(self, margin: Margin, dtype: torch.dtype) -> None:
+        """Raise the bar by what is in order, and leave out what does not reach it then, or finds no room."""
+        width = self.value.shape[1]
         if width > self.most:
-            self.bar = torch.maximum(self.bar, self.value[:, self.most])  # the largest that found no room
+            without_room = self.value[:, self.most].to(dtype)  # (B,): the largest, or -inf
+            self.bar = torch.maximum(self.bar, without_room.float())
+            above = torch.nextafter(without_room, torch.full_like(without_room, torch.inf))
+            self.enter = torch.maximum(self.enter, above.float())
         if width >= self.count:
             self._raise_bar(self.value[:, : self.count], margin, dtype)
         self.value = self.value.masked_fill(self.value < self.bar[:, None], -torch.inf)[:, : self.most]
         width = int((self.value > -torch.inf).sum(1).max())
         self.value, self.place = self.value[:, :width].contiguous(), self.place[:, :width].contiguous()
-        self.waiting, self.num_waiting = [], 0
 
     def _reaching(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Row (h,), place (h,) and value (h,) of all scores that wait or are in order and reach the bar."""
+        """Row (h,), place (h,) and value (h,) of all scores that wait and are taken, or are in order."""
         known = (self.value > -torch.inf).flatten().nonzero()[:, 0]
         rows = [known // max(self.value.shape[1], 1)]
         places, values = [self.place.flatten().index_select(0, known)], [self.value.flatten().index_select(0, known)]
         for groups in self.waiting:
-            bar = self.bar.index_select(0, groups.row).to(groups.score.dtype)  # (g,)
-            hit = (groups.score >= bar[:, None]).flatten().nonzero()[:, 0]  # (h,)
+            enter = self.enter.index_select(0, groups.row).to(groups.score.dtype)  # (g,)
+            hit = (groups.score >= enter[:, None]).flatten().nonzero()[:, 0]  # (h,)
             group, number = hit // groups.score.shape[1], hit % groups.score.shape[1]
             rows.append(groups.row.index_select(0, group))
             places.append(groups.place.index_select(0, group) + groups.step * number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -45,12 +45,19 @@ class Rows:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Prepared rows (n, D), each block with the place of its first."""
-        step = max(BLOCK_BYTES // (4 * self.dim), 1)
+        step = self._block_rows()
         if len(self) <= step:
             yield 0, self.whole
             return
         for first in range(0, len(self), step):
             yield first, self.prepare(self.bank[first : first + step])
+
+    def first_block(self) -> Rows:
+        """Those of the first block alone."""
+        return self if len(self) <= self._block_rows() else replace(self, bank=self.bank[: self._block_rows()])
+
+    def _block_rows(self) -> int:
+        return max(BLOCK_BYTES // (4 * self.dim), 1)
 
 
 def unit_length(features: Tensor) -> Tensor:

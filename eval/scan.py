@@ -24,7 +24,8 @@ MARGIN = 1.5  # times the error, see `Bound.margin`
 FAISS_GPU_NEIGHBOURS = 2048  # what faiss can select on a GPU
 CHUNK = 2048
 TILE = 2048
-FP32, BF16 = 2.0**-24, 2.0**-9  # how far off, relatively, a number may be once rounded
+FP32, BF16 = 2.0**-24, 2.0**-8  # how far off, relatively, a number may be once rounded
+TINY = 2.0**-126  # and absolutely: what is smaller may have become zero
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ Scan = Callable[[Rows, Tensor, int], Candidates]
 def make_scan(index: str, device: torch.device) -> tuple[Scan, str]:
     """The scan that `index` names, and its name in full. Raises ValueError where it is unknown or not installed.
 
-    `auto` is torch in fp32 on a CPU where oneDNN multiplies, else faiss where it can be imported. Faiss's wheel
-    multiplies with 256-bit registers: on an EPYC with AVX-512 it takes 1.7 times as long for 10,000 in 50,000 x 512.
+    `auto` is the fastest in fp32: torch on a CPU where oneDNN multiplies, else faiss where it can be imported. Whether
+    it is the shortlist instead, `eval.neighbours.nearest` decides. Faiss's wheel multiplies with 256-bit registers: on
+    an EPYC with AVX-512 it takes 1.7 times as long for 10,000 in 50,000 x 512.
     """
     if index not in INDEXES:
         raise ValueError(f"index={index} is not known; allowed: {', '.join(INDEXES)}")
@@ -92,12 +94,13 @@ def matrix_scan(rows: Rows, queries: Tensor, count: int, *, dtype: torch.dtype) 
     chunks = [slice(start, start + CHUNK) for start in range(0, len(queries), CHUNK)]
     most = max(SHORTLIST * count, 64)
     found = [Largest(len(norm[at]), count, most, queries.device) for at in chunks]
-    bound = Bound(rows, norm, lost, near.norm(), dtype)
+    floor = shortest(rows.dim)
+    bound = Bound(rows, norm + floor, lost + floor, near.norm() + floor, dtype)
     with exact_products():
         for first, block in rows.blocks():
             in_dtype, length, away = moved_into(dtype, block, near if shifts else None)  # (n, D), (n,), (n,)
             half = 0.5 * length.square() if euclidean else None  # (n,)
-            bound = bound.grown(length.max(), away.max())
+            bound = bound.grown(length.max() + floor, away.max() + floor)
             for at, largest in zip(chunks, found):
                 margin = partial(bound.margin, at)
                 for tile, stop in tiles(len(block), count if first == 0 else 0):
@@ -106,11 +109,11 @@ def matrix_scan(rows: Rows, queries: Tensor, count: int, *, dtype: torch.dtype) 
                         score = score.float() - half[tile:stop]
                     largest.offer(score, first + tile, margin)
                 largest.settle(margin)
-    best, place = side_by_side(found)  # (M, m), (M, m)
+    best, place = side_by_side(found, count)  # (M, m), (M, m)
     bar = torch.cat([largest.bar for largest in found])  # (M,)
-    size = bar.abs().nan_to_num(posinf=0.0)  # (M,)
-    error = bound.error(slice(None), best.abs().nan_to_num(posinf=0.0).amax(1).maximum(size))  # (M,)
-    # Of a score s below the bar the share 2 BF16 |s| may be larger than the bar's own; s + 2 BF16 |s| never is.
+    size = bar.abs().masked_fill(bar.isinf(), 0.0)  # (M,)
+    error = bound.error(slice(None), best.abs().masked_fill(best.isinf(), 0.0).amax(1).maximum(size))  # (M,)
+    # Of a score s below the bar the share BF16 |s| may be larger than the bar's own; s + BF16 |s| never is.
     limit = bar + bound.error(slice(None), size)  # (M,)
     if not euclidean:
         by_near = queries @ near.T  # (M, 1)
@@ -125,7 +128,7 @@ class Bound:
     `norm` (M,) are the lengths of the queries, `lost` (M,) those of what rounding took away from them; `longest` and
     `rest` () are the largest lengths of rows and of what rounding took away from rows. The error of q b is at most
     |q| |b - b'| + |q - q'| |b'| for the rounded q' and b' (Cauchy and Schwarz), and what the products and their sum are
-    rounded by.
+    rounded by: relatively, and below the smallest normal number absolutely. The lengths are `shortest` too long.
     """
 
     rows: Rows
@@ -141,12 +144,17 @@ class Bound:
         return replace(self, longest=longest.clamp_min(self.longest), rest=rest.clamp_min(self.rest))
 
     def error(self, at: slice, size: Tensor) -> Tensor:
-        """That of the queries `at` (B,) for scores of at most `size` (B,)."""
+        """How far off scores of the queries `at` may be (B,) that are at most `size` (B,) in absolute value.
+
+        `size` counts for the cosine in bfloat16 alone, where the scores themselves were rounded to it. Of the euclidean
+        ones q b was, before the rest was added.
+        """
         norm, dim, euclidean = self.norm[at], self.rows.dim, self.rows.metric == "euclidean"
-        error = (dim + 8) * FP32 * norm * self.longest  # (B,)
+        whole = (norm + self.lost[at]) * (self.longest + self.rest)  # (B,): |q'| |b'| at most
+        error = (dim + 8) * FP32 * whole + 4 * (dim + 8) * TINY  # (B,)
         if self.dtype == torch.bfloat16:
-            size = norm * self.longest if euclidean else size
-            error = error + norm * self.rest + self.lost[at] * (self.longest + self.rest) + 2 * BF16 * size
+            size = whole if euclidean else size
+            error = error + norm * self.rest + self.lost[at] * (self.longest + self.rest) + BF16 * size
         if euclidean:
             return error + 0.5 * (dim + 8) * FP32 * (norm + self.longest).square()
         return error + 8 * FP32 * norm * self.near * dim
@@ -161,9 +169,14 @@ class Bound:
         return MARGIN * self.error(at, least.abs())
 
 
-def side_by_side(found: list[Largest]) -> tuple[Tensor, Tensor]:
-    """Values and places (M, m) of all chunks, those with fewer filled up with -inf."""
-    width = max(largest.value.shape[1] for largest in found)
+def shortest(dim: int) -> float:
+    """How much too short a length in fp32 may be found where the squares of `dim` numbers are not normal ones."""
+    return (dim * TINY) ** 0.5
+
+
+def side_by_side(found: list[Largest], count: int) -> tuple[Tensor, Tensor]:
+    """Values and places (M, m) of all chunks, m at least `count`, those with fewer filled up with -inf."""
+    width = max(count, *(largest.value.shape[1] for largest in found))
     values = [pad(largest.value, (0, width - largest.value.shape[1]), value=-torch.inf) for largest in found]
     places = [pad(largest.place, (0, width - largest.place.shape[1])) for largest in found]
     return torch.cat(values), torch.cat(places)
@@ -243,9 +256,9 @@ def faiss_scan(faiss: Any, rows: Rows, queries: Tensor, count: int) -> Candidate
         score = -score if euclidean else score
         best, order = torch.cat([best, score], 1).topk(keep, dim=1)  # (M, m)
         place = torch.cat([place, column + first], 1).gather(1, order)
-    norm = moved.norm(dim=1)  # (M,)
+    norm, longest = moved.norm(dim=1) + shortest(rows.dim), longest + shortest(rows.dim)  # (M,), ()
     size = (norm + longest).square() if euclidean else norm * longest
-    error = (2 * rows.dim + 8) * FP32 * size  # (M,)
+    error = (2 * rows.dim + 8) * (FP32 * size + 4 * TINY)  # (M,)
     best, place = best.to(rows.device), place.to(rows.device)
     border = best.topk(count, dim=1).values[:, -1:] - 2 * error[:, None]  # (M, 1)
     passed_over = best.masked_fill(best >= border, -torch.inf).amax(1)  # (M,)

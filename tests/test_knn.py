@@ -58,6 +58,7 @@ def test_equals_the_vote_written_as_loops(index, num_classes):
             assert "top5" not in row
     assert index in scores.index
     assert ("recall" in scores.search) == (index == "shortlist")
+    assert scores.search["looked_for_again"] == 0
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 17])
@@ -210,6 +211,9 @@ def test_features_and_labels_that_do_not_fit_are_refused():
         knn(bank, bank_labels, queries[:, 1:], query_labels, num_classes=4)
     with pytest.raises(ValueError, match="not finite"):
         knn(bank, bank_labels, queries / 0, query_labels, num_classes=4)
+    for scaled in ((1e18 * bank, queries), (bank, 1e19 * queries)):
+        with pytest.raises(ValueError, match="divide all features by one number"):
+            knn(scaled[0], bank_labels, scaled[1], query_labels, num_classes=4, metric="euclidean")
     with pytest.raises(ValueError, match="at least one"):
         knn(bank, bank_labels, queries[:0], query_labels[:0], num_classes=4)
 

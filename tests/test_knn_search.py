@@ -22,7 +22,7 @@ from eval.config import register
 from eval.knn import knn
 from eval.neighbours import nearest
 from eval.rows import Rows
-from eval.scan import make_scan
+from eval.scan import bf16_scan, make_scan
 from ssl.config import CONF
 
 CPU = torch.device("cpu")
@@ -93,6 +93,45 @@ def test_features_that_are_nearly_one_point_are_still_told_apart(index):
     assert found.place.tolist() == reference(bank, queries, 5, metric="euclidean")
     found = nearest(Rows(bank, "cosine", CPU), queries, 5, index=index)
     assert found.place.tolist() == reference(rows.unit_length(bank), rows.unit_length(queries), 5, metric="dot")
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e-20, 1e-19, 1e-17, 1e15, 1e17])
+@pytest.mark.parametrize("index", INDEXES)
+def test_features_whose_squares_leave_the_range_of_fp32_are_still_told_apart(index, size):
+    bank, queries = size * seeded(400, 16), size * seeded(9, 16, seed=1)
+    found = nearest(Rows(bank, "euclidean", CPU), queries, 5, index=index)
+    assert found.place.tolist() == reference(bank, queries, 5, metric="euclidean")
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_the_longest_features_that_are_not_refused_are_told_apart(index):
+    bank, queries = seeded(400, 16).clamp(-1, 1), seeded(50, 16, seed=1).clamp(-1, 1)
+    bank[7], queries[3] = 1.0, -1.0  # the corners that are farthest from one another
+    bank, queries = 0.9999 * 2.0**59 * bank, 0.9999 * 2.0**59 * queries  # a length of 2**61 at most
+    labels = torch.zeros(400, dtype=torch.int64)
+    knn(bank, labels, queries, labels[:50], k=[5], num_classes=1, metric="euclidean", index=index)
+    found = nearest(Rows(bank, "euclidean", CPU), queries, 5, index=index)
+    assert found.place.tolist() == reference(bank, queries, 5, metric="euclidean")
+    assert found.num_open < 25
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_query_whose_error_has_no_bound_in_fp32_is_measured_against_all(index):
+    bank, queries = 1e17 * seeded(400, 8), 1e17 * seeded(6, 8, seed=1)
+    bank[7], queries[3] = 5e18, 6.3e18  # no two are too far from one another, but the sum of their lengths is too large
+    found = nearest(Rows(bank, "euclidean", CPU), queries, 5, index=index)
+    assert found.place.tolist() == reference(bank, queries, 5, metric="euclidean")
+    assert found.num_open >= 1
+    assert nearest(Rows(100 * bank, "euclidean", CPU), 100 * queries, 5, index=index).num_open == 6  # none is finite
+
+
+def test_products_that_bfloat16_rounds_by_half_a_step_err_by_no_more_than_is_said():
+    query = torch.tensor([[1.0039067268371582, 0.00390625]])  # both round up by nearly 2**-8, so does their product
+    row = torch.tensor([[1.9882817268371582, 0.0159912109375]])
+    bank = torch.cat([row, -row, row, -row])  # with their mean at zero
+    found = bf16_scan(Rows(bank, "euclidean", CPU), query, 4)
+    exact = -(query.double() - bank.double()).square().sum(1)  # (4,)
+    assert ((found.closeness[0].double() - exact[found.place[0]]).abs() <= found.error.double()).all()
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -167,6 +206,38 @@ def test_largest_with_little_room_says_what_did_not_fit():
     assert best.bar.tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_lets_no_score_wait_where_all_are_equal(dtype):
+    best = largest.Largest(16, 20, 80, CPU)
+    for first in range(0, 6400, 640):
+        best.offer(torch.ones(16, 640, dtype=dtype), first, torch.zeros_like)
+        assert best.num_waiting == 0
+    assert (best.value == 1).all()
+    assert best.value.shape == (16, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])
+def test_largest_keeps_the_largest_of_scores_that_all_lie_within_the_margin(spread, dtype):
+    score = (1 + spread * seeded(32, 6400)).to(dtype)
+    best = offered(score, 20, most=80, margin=2.0)
+    assert torch.equal(best.value, score.float().topk(80).values)
+    for each, bar, places in zip(score.float(), best.bar, best.place):
+        assert len(set(places.tolist())) == 80
+        assert each.index_fill(0, places, -torch.inf).max() <= bar <= each[places].min()
+
+
+def test_largest_settles_what_waits_before_it_is_more_than_its_limit(monkeypatch):
+    monkeypatch.setattr(largest, "MOST_WAIT", 50)
+    score = seeded(16, 6400)
+    best = largest.Largest(16, 40, 160, CPU)
+    for first in range(0, 6400, 640):
+        best.offer(score[:, first : first + 640], first, torch.zeros_like)
+        assert best.num_waiting <= 50
+    best.settle(torch.zeros_like)
+    assert torch.equal(best.value[:, :40], score.topk(40).values)
+
+
 def offered(score: Tensor, count: int, *, most: int, margin: float = 0.0) -> largest.Largest:
     """What is kept of scores (B, N) that come in tiles of 640 and settle halfway."""
     best = largest.Largest(len(score), count, most, CPU)
@@ -208,6 +279,24 @@ def test_a_bank_of_one_block_is_prepared_once_for_all_that_read_it():
     for count in (3, 5):
         nearest(space, seeded(7, 6, seed=1), count, index="torch")
     assert calls.count(211) == 1
+
+
+def test_whether_a_shortlist_pays_is_tried_on_the_first_block_with_256_queries_at_most(monkeypatch):
+    blocks, numbers = [], []
+    scanned = neighbours.bf16_scan
+
+    def watched(space: Rows, queries: Tensor, count: int) -> scan.Candidates:
+        blocks.append(len(space))
+        numbers.append(len(queries))
+        return scanned(space, queries, count)
+
+    monkeypatch.setattr(neighbours, "bf16_scan", watched)
+    monkeypatch.setattr(neighbours, "multiplies_bfloat16", lambda: True)
+    in_small_pieces(monkeypatch, dim=6, tile=2048, chunk=2048)
+    for num in (4096, 4351, 5000):
+        neighbours.shortlist_pays(Rows(seeded(211, 6), "cosine", CPU), seeded(num, 6, seed=1), 5)
+    assert blocks == [60] * 3
+    assert numbers == [256, 256, 250]
 
 
 # ---- votes ---------------------------------------------------------------------------------------------------------
