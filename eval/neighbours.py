@@ -20,7 +20,7 @@ from eval.scan import bf16_scan, make_scan
 from ssl.products import multiplies_bfloat16
 
 TILE = 4096
-SAMPLE = 256  # queries, at most, that a shortlist is tried on
+SAMPLE = 128  # queries, at most, that a shortlist is tried on
 PAIR_VALUES = {"cpu": 2**19, "cuda": 2**25}  # of a step of `measure`; more than 2**20 take a CPU five times as long
 
 
@@ -60,7 +60,7 @@ def shortlist_pays(rows: Rows, queries: Tensor, count: int) -> bool:
     It does not in features so alike that bfloat16 cannot tell them apart. A sample of the queries shows that in the
     first block of the rows, for a price that only many queries are worth.
     """
-    if rows.device.type != "cpu" or not multiplies_bfloat16() or len(queries) < 16 * SAMPLE:
+    if rows.device.type != "cpu" or not multiplies_bfloat16() or len(queries) < 32 * SAMPLE:
         return False
     some = rows.first_block()
     count = min(count, len(some))
