@@ -160,7 +160,7 @@ def test_the_index_by_default_is_a_shortlist_where_that_is_fast_and_tells_featur
 ):
     monkeypatch.setattr("eval.scan.has_onednn", lambda: True)
     monkeypatch.setattr("eval.neighbours.multiplies_bfloat16", lambda: fast)
-    monkeypatch.setattr("eval.neighbours.SAMPLE", 4)
+    monkeypatch.setattr("eval.neighbours.SAMPLE", 2)
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(num, 32, generator=generator) for num in (600, 64))
     bank[1::2] = bank[0] + spread * bank[1::2]  # half of them around one point, where all queries lie

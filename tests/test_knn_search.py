@@ -281,7 +281,7 @@ def test_a_bank_of_one_block_is_prepared_once_for_all_that_read_it():
     assert calls.count(211) == 1
 
 
-def test_whether_a_shortlist_pays_is_tried_on_the_first_block_with_256_queries_at_most(monkeypatch):
+def test_whether_a_shortlist_pays_is_tried_on_the_first_block_with_few_queries(monkeypatch):
     blocks, numbers = [], []
     scanned = neighbours.bf16_scan
 
@@ -296,7 +296,7 @@ def test_whether_a_shortlist_pays_is_tried_on_the_first_block_with_256_queries_a
     for num in (4096, 4351, 5000):
         neighbours.shortlist_pays(Rows(seeded(211, 6), "cosine", CPU), seeded(num, 6, seed=1), 5)
     assert blocks == [60] * 3
-    assert numbers == [256, 256, 250]
+    assert numbers == [128, 128, 125]
 
 
 # ---- votes ---------------------------------------------------------------------------------------------------------
