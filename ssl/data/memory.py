@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl.data.bad_images import BadList
 from ssl.data.batched_resize import crop_resize_batch
-from ssl.data.decode import crop_resize
+from ssl.data.decode import crop_resize_into
 from ssl.data.reader import UNREADABLE, OtherSize, Reader
 from ssl.data.stream import groups_of
 from ssl.data.threads import Crew, ShouldStop
@@ -99,9 +99,8 @@ class MemoryImages:
                 boxes = torch.from_numpy(box[part])
                 crop_resize_batch(self._taken(index[part]), boxes, (h, w), interpolation=interpolation, into=out[part])
         else:
-            into = out.numpy()
             for slot, place in enumerate(index):
-                into[slot] = crop_resize(self.image(int(place)), tuple(box[slot].tolist()), (h, w), interpolation)
+                crop_resize_into(out[slot], self.image(int(place)), tuple(box[slot].tolist()), interpolation)
 
     def _blocks(self, num: int) -> Iterator[slice]:
         size = max(BLOCK // self.pixels[0].size, 1)
