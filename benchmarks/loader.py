@@ -5,8 +5,8 @@
 As many worker processes as our threads. Both make the views of `conf/augment/`. Where a row says "uint8 crops", ours
 leaves flip, colour, blur and normalisation to the device that the model runs on, as training does; where it says "all
 on the CPU", it does them there too. Where it says "prepared", ours reads what `python -m ssl.prepare` made of the same
-photos, and the peers the photos. Without --images it makes photo-sized JPEGs of its own. How it is measured stands in
-benchmarks/compare.py.
+photos, and the peers the photos. Without --images it makes photo-sized JPEGs of its own. Our decoder is compiled, or
+read from where it is kept, before anything is measured. How it is measured stands in benchmarks/compare.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torchvision import transforms
 from benchmarks.compare import ROOT, Part, Way, parser_of, run, timed
 from ssl import prepare
 from ssl.config import CONF
+from ssl.data import jpeg_window
 from ssl.data.augment import Augment
 from ssl.data.folder import Folder
 from ssl.data.loader import Loader
@@ -160,6 +161,8 @@ PEER = "Pillow, torchvision"
 
 def parts(given: argparse.Namespace) -> Iterator[Part]:
     """A part for each of `all_views`."""
+    if not jpeg_window.is_ready():
+        print("without numba: JPEGs are decoded by libjpeg-turbo alone")
     with tempfile.TemporaryDirectory() as made:
         folder = given.images or Path(made) / "photos"
         if given.images is None:

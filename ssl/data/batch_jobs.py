@@ -130,7 +130,7 @@ class _Opened:
 
 
 class DecodedBatch(BatchJob):
-    """A batch from encoded images: of each the rows that its views need are decoded once, for all of them.
+    """A batch from encoded images: of each what its views need is decoded once, for all of them.
 
     In the crops' memory the channels of a pixel lie together, as crops are made fastest.
     """
@@ -154,8 +154,8 @@ class DecodedBatch(BatchJob):
         for number, slot in enumerate(range(start, stop)):
             if should_stop():
                 return
-            pixels, first = self._decode(slot, number, opened[number], parameters)
-            self._crop(slot, pixels, first, [drawn["box"][number].tolist() for drawn in parameters])
+            pixels, corner = self._decode(slot, number, opened[number], parameters)
+            self._crop(slot, pixels, corner, [drawn["box"][number].tolist() for drawn in parameters])
             for view, drawn, crops in zip(self.loader.views, parameters, self.crops):
                 if view.policy is not None:
                     self.do_policy(view, crops[start:stop], drawn, number)
@@ -177,18 +177,20 @@ class DecodedBatch(BatchJob):
             self.missed.add(index)
             attempt += 1
 
-    def _decode(self, slot: int, number: int, opened: _Opened, parameters: list[Parameters]) -> tuple[np.ndarray, int]:
-        """The rows (R, W, C) that the views of the slot need, `number` in its chunk, and which row is the first.
+    def _decode(
+        self, slot: int, number: int, opened: _Opened, parameters: list[Parameters]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """The pixels (R, S, C) that the views of the slot need, `number` in its chunk, and (top, left) of the first.
 
         Where they cannot be decoded, another image is shown, and the views' numbers are those of its size.
         """
         while True:
             boxes = [drawn["box"][number].tolist() for drawn in parameters]  # V times (top, left, height, width)
-            top, bottom = min(box[0] for box in boxes), max(box[0] + box[2] for box in boxes)
+            top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+            bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+            box = (top, left, bottom - top, right - left)
             try:
-                rows = self.loader.reader.decode_rows(
-                    opened.index, opened.data, opened.size, opened.layout, top, bottom
-                )
+                pixels = self.loader.reader.decode_window(opened.index, opened.data, opened.size, opened.layout, box)
             except UNREADABLE as error:
                 self.loader.bad_list.add(opened.index, error, in_some_rows=opened.layout is not None)
                 self.missed.add(opened.index)
@@ -197,7 +199,7 @@ class DecodedBatch(BatchJob):
                     self._sample_again(slot, number, parameters, opened.size)
                 continue
             self.shown[slot] = opened.index
-            return rows
+            return pixels
 
     def _sample_again(self, slot: int, number: int, parameters: list[Parameters], size: tuple[int, int]) -> None:
         for drawn, again in zip(
@@ -206,9 +208,9 @@ class DecodedBatch(BatchJob):
             for name, values in again.items():
                 drawn[name][number] = values[0]
 
-    def _crop(self, slot: int, pixels: np.ndarray, first: int, boxes: list[list[int]]) -> None:
+    def _crop(self, slot: int, pixels: np.ndarray, corner: tuple[int, int], boxes: list[list[int]]) -> None:
         for view, (top, left, height, width), crops in zip(self.loader.views, boxes, self.crops):
-            box = (top - first, left, height, width)
+            box = (top - corner[0], left - corner[1], height, width)
             crop_resize_into(crops[slot], pixels, box, view.interpolation)  # (C, h, w)
 
 

@@ -104,10 +104,12 @@ def crop_resize_into(
 def _cut(image: np.ndarray, box: tuple[int, int, int, int]) -> torch.Tensor:
     """The box of an image (H, W, C) as a tensor (1, C, height, width) whose channels lie together in memory.
 
-    Torch's vectorised uint8 kernel reads such memory; a copy of the box costs less than its own unpacking.
+    Torch's vectorised uint8 kernel reads such memory; a copy of the box, unless it is the whole image, costs less than
+    its own unpacking.
     """
     top, left, height, width = (int(number) for number in box)
-    return torch.from_numpy(np.array(image[top : top + height, left : left + width], order="C")).permute(2, 0, 1)[None]
+    pixels = np.require(image[top : top + height, left : left + width], requirements=("C", "W"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

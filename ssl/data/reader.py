@@ -9,6 +9,7 @@ import numpy as np
 
 from ssl.data.decode import DecodeError, decode, image_size
 from ssl.data.jpeg_rows import Layout, decode_rows, read_layout
+from ssl.data.jpeg_window import decode_window
 from ssl.data.stream import StreamError
 
 if TYPE_CHECKING:
@@ -46,12 +47,33 @@ class Reader:
         return data, (data.shape[0], data.shape[1]) if isinstance(data, np.ndarray) else image_size(data)
 
     def open_rows(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, int], Layout | None]:
-        """What `open` gives, and the layout by which `decode_rows` may decode less than the whole image."""
+        """What `open` gives, and the layout by which less than the whole image may be decoded."""
         data = self.read(index)
         if isinstance(data, np.ndarray):
             return data, (data.shape[0], data.shape[1]), None
         layout = read_layout(data)
         return data, image_size(data) if layout is None else (layout.height, layout.width), layout
+
+    def decode_window(
+        self,
+        index: int,
+        data: bytes | np.ndarray,
+        size: tuple[int, int],
+        layout: Layout | None,
+        box: tuple[int, int, int, int],
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Pixels, uint8 (R, S, C), with those of the box (top, left, height, width), and (top, left) of the first.
+
+        Valid, and raises, as `decode`.
+        """
+        buffer = None if layout is None else self._buffer(size)
+        if buffer is not None and self.channels in (1, 3):
+            assert isinstance(data, bytes)
+            pixels = decode_window(data, box, self.channels, buffer)
+            if pixels is not None:
+                return pixels, box[:2]
+        rows, first = self.decode_rows(index, data, size, layout, box[0], box[0] + box[2])
+        return rows, (first, 0)
 
     def decode_rows(
         self, index: int, data: bytes | np.ndarray, size: tuple[int, int], layout: Layout | None, top: int, bottom: int

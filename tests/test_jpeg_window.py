@@ -1,0 +1,331 @@
+"""Decoding the window of a JPEG that a crop needs, against Pillow's decoding of the whole file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from ssl.data import jpeg_window
+from ssl.data import reader as module
+from ssl.data.decode import DecodeError, decode
+from ssl.data.jpeg_rows import read_layout
+from ssl.data.jpeg_window import decode_window
+from ssl.data.loader import Loader
+from ssl.data.reader import Reader
+from ssl.data.views import View
+from tests.image_list import ImageList
+from tests.test_decode import PHOTOS, encode, smooth, with_orientation
+from tests.test_jpeg_rows import END, MARKED, SUBSAMPLINGS, UNUSUAL, UNUSUAL_MARKERS, jpeg, noise, pillow
+
+pytest.importorskip("numba")
+Box = tuple[int, int, int, int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    assert jpeg_window.is_ready()
+
+
+def boxes(height: int, width: int, number: int = 25) -> list[Box]:
+    """The whole, its corners and its first and last pixels, and some at random."""
+    chosen = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1), (height - 1, 0, 1, width)]
+    chosen += [
+        (0, 0, height, 1),
+        (0, width // 2, height, width - width // 2),
+        (height // 2, 0, height - height // 2, 1),
+    ]
+    generator = np.random.default_rng(height * 1000 + width)
+    for _ in range(number):
+        (top, bottom), (left, right) = (np.sort(generator.integers(0, side + 1, 2)) for side in (height, width))
+        chosen.append((int(top), int(left), int(max(bottom - top, 1)), int(max(right - left, 1))))
+    return [box for box in chosen if box[0] + box[2] <= height and box[1] + box[3] <= width]
+
+
+def window(data: bytes, box: Box, channels: int = 3) -> np.ndarray | None:
+    pixels = decode_window(data, box, channels, np.full(box[2] * box[3] * channels + 5, 7, np.uint8))
+    return None if pixels is None else pixels.copy()
+
+
+def part(image: np.ndarray, box: Box) -> np.ndarray:
+    top, left, height, width = box
+    return image[top : top + height, left : left + width]
+
+
+def check_windows(data: bytes, whole: np.ndarray, channels: int = 3, number: int = 25) -> None:
+    for box in boxes(*whole.shape[:2], number):
+        pixels = window(data, box, channels)
+        assert pixels is not None, box
+        np.testing.assert_array_equal(pixels, part(whole, box), err_msg=str(box))
+
+
+# ---- which pixels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restart_rows", [0, 1, 3])
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+@pytest.mark.parametrize("size", [(61, 53), (64, 48), (49, 16), (150, 9), (33, 300), (8, 8)])
+def test_windows_are_those_of_the_whole_image(size, subsampling, restart_rows):
+    data = jpeg(noise(*size), subsampling, restart_rows)
+    check_windows(data, pillow(data))
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+def test_windows_of_tiny_images_are_those_of_the_whole_image(subsampling):
+    for height in range(1, 12):
+        for width in range(1, 36):
+            data = jpeg(noise(height, width), subsampling)
+            check_windows(data, pillow(data), number=4)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+def test_windows_are_those_of_the_whole_image_at_any_quality(subsampling, optimize):
+    """At quality 1 most quantisers are 255, at 100 they are 1 and codes are long."""
+    for quality in (1, 2, 5, 10, 30, 60, 75, 90, 97, 100):
+        for image in (noise(40, 56), smooth(40, 56)):
+            data = jpeg(image, subsampling, quality=quality, optimize=optimize)
+            check_windows(data, pillow(data), number=8)
+
+
+@pytest.mark.parametrize("restart_rows", [0, 1])
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+def test_one_channel_is_the_luma_of_the_whole_image(subsampling, restart_rows):
+    data = jpeg(noise(70, 45), subsampling, restart_rows)
+    check_windows(data, decode(data, 1), channels=1)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_sample")
+def test_windows_of_real_photos_are_those_of_the_whole_image():
+    num_windows = 0
+    for path in sorted(PHOTOS.iterdir())[::3]:
+        data = path.read_bytes()
+        whole = pillow(data)
+        for box in boxes(*whole.shape[:2], 4):
+            pixels = window(data, box)
+            if pixels is not None:
+                num_windows += 1
+                np.testing.assert_array_equal(pixels, part(whole, box), err_msg=f"{path.name} {box}")
+    assert num_windows > 400
+
+
+def test_a_gray_image_that_names_a_sampling_is_that_of_the_whole_image():
+    data = bytearray(jpeg(noise(60, 50), "gray", 1))
+    data[data.index(b"\xff\xc0") + 11] = 0x22  # without effect on one component alone
+    check_windows(bytes(data), pillow(bytes(data)))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def without_jfif(image: Image.Image, segment: bytes = b"", ids: bytes = b"\1\2\3") -> bytes:
+    """A JPEG of 4:4:4 without its first segment, with another one, and with these names of components."""
+    data = encode(image, "JPEG", subsampling="4:4:4")
+    length = int.from_bytes(data[4:6], "big")
+    data = bytearray(data[:2] + segment + data[4 + length :])
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 10 : frame + 19 : 3] = ids
+    data[scan + 5 : scan + 11 : 2] = ids
+    return bytes(data)
+
+
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
+COLORS = {
+    "as YCbCr": (without_jfif(Image.fromarray(smooth(30, 40))), True),
+    "as RGB by names": (without_jfif(Image.fromarray(smooth(30, 40)), ids=b"RGB"), False),
+    "by unknown names": (without_jfif(Image.fromarray(smooth(30, 40)), ids=b"\0\1\2"), False),
+    "as RGB by Adobe": (without_jfif(Image.fromarray(smooth(30, 40)), ADOBE + b"\0"), False),
+    "as YCbCr by Adobe": (without_jfif(Image.fromarray(smooth(30, 40)), ADOBE + b"\1"), True),
+}
+
+
+@pytest.mark.parametrize("kind", COLORS)
+def test_colours_are_what_the_header_says(kind):
+    data, is_decoded = COLORS[kind]
+    whole = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    if is_decoded:
+        check_windows(data, whole)
+    else:
+        assert window(data, (0, 0, 30, 40)) is None
+
+
+REFUSED = {kind: data for kind, data in UNUSUAL.items() if kind not in ("turned", "PNG")} | UNUSUAL_MARKERS
+REFUSED |= {
+    "4:4:0": simplejpeg.encode_jpeg(noise(70, 45), 90, colorsubsampling="440"),
+    "4:1:1": simplejpeg.encode_jpeg(noise(70, 45), 90, colorsubsampling="411"),
+    "no end": MARKED[:-2],
+    "nothing": END,
+    "too high a box": jpeg(noise(69, 40)),
+    "too wide a box": jpeg(noise(70, 39)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_anything_unusual_is_refused(kind):
+    assert window(REFUSED[kind], (0, 0, 70, 40)) is None
+
+
+@pytest.mark.parametrize("data", [jpeg(noise(30, 20)), jpeg(noise(40, 20), restart_rows=1)], ids=["plain", "markers"])
+def test_a_file_that_ends_anywhere_is_refused_where_rows_are_missing(data):
+    height = 30 if b"\xff\xdd" not in data else 40
+    for length in range(len(data) - 2):
+        assert window(data[:length] + END, (0, 0, height, 20)) is None, length
+
+
+def outcome(data: bytes, box: Box) -> np.ndarray | None:
+    """The window that a view gets; None for a bad image."""
+    reader = Reader(ImageList([data]), channels=3)
+    try:
+        read, size, layout = reader.open_rows(0)
+        pixels, (top, left) = reader.decode_window(0, read, size, layout, box)
+    except DecodeError:
+        return None
+    return part(pixels, (box[0] - top, box[1] - left, *box[2:])).copy()
+
+
+@pytest.mark.parametrize("restart_rows", [0, 1, 2])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0", "gray"])
+def test_a_damaged_image_is_shown_or_bad_as_without_this(subsampling, restart_rows, monkeypatch):
+    """Damage anywhere, tables and numbers of the header included: what a run shows must not depend on numba."""
+    good = jpeg(smooth(70, 60), subsampling, restart_rows, optimize=True)
+    generator = np.random.default_rng(1)
+    cases = []
+    for _ in range(500):
+        data = bytearray(good)
+        for _ in range(generator.integers(1, 4)):
+            data[generator.integers(2, len(data) - 2)] = generator.integers(256)
+        top, left = generator.integers(0, 60, 2)
+        height, width = generator.integers(1, 71 - top), generator.integers(1, 61 - left)
+        layout = read_layout(bytes(data))
+        if layout is None or (layout.height, layout.width) == (70, 60):
+            cases.append((bytes(data), (int(top), int(left), int(height), int(width))))
+    num_windows = sum(window(data, box) is not None for data, box in cases)
+    ours = [_or_error(data, box) for data, box in cases]
+    monkeypatch.setattr(module, "decode_window", lambda *given: None)
+    for (data, box), pixels in zip(cases, ours, strict=True):
+        expected = _or_error(data, box)
+        assert type(pixels) is type(expected)
+        np.testing.assert_array_equal(pixels, expected)
+    assert 40 < num_windows < len(cases) - 40
+
+
+def _or_error(data: bytes, box: Box) -> np.ndarray | str | None:
+    try:
+        return outcome(data, box)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_noise_as_coded_data_does_no_harm():
+    """Whatever follows the header, it is refused or decoded as libjpeg decodes it."""
+    good = jpeg(noise(40, 40), "4:2:0", optimize=True)
+    scan = good.index(b"\xff\xda") + 14
+    generator = np.random.default_rng(2)
+    num_decoded = 0
+    for length in generator.integers(0, 4000, 300):
+        coded = generator.integers(0, 255, length, dtype=np.uint8).tobytes()  # without 0xff
+        data = good[:scan] + coded + END
+        pixels = window(data, (0, 0, 8, 40))
+        if pixels is not None:
+            num_decoded += 1
+            expected = outcome_of_rows(data)
+            assert expected is not None
+            np.testing.assert_array_equal(pixels, expected[:8])
+    assert num_decoded > 0
+
+
+def outcome_of_rows(data: bytes) -> np.ndarray | None:
+    reader = Reader(ImageList([data]), channels=3)
+    read, size, layout = reader.open_rows(0)
+    return reader.decode_rows(0, read, size, layout, 0, 8)[0]
+
+
+# ---- in the reader and the loader ------------------------------------------------------------------------------------
+
+
+def test_a_turned_image_is_decoded_whole():
+    data = with_orientation(Image.fromarray(noise(40, 70)), "JPEG", 6)
+    np.testing.assert_array_equal(outcome(data, (30, 10, 20, 20)), decode(data)[30:50, 10:30])
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int, monkeypatch):
+    sizes = [(90 + 7 * number, 130 - 11 * number) for number in range(6)]
+    images = [jpeg(smooth(*size), SUBSAMPLINGS[number % 4], number % 3) for number, size in enumerate(sizes)]
+    images += [jpeg(smooth(90, 80), progressive=True), encode(smooth(70, 60), "PNG"), images[1][:-300], images[0][:-90]]
+    views = [View(crop="random_resized", scale=(0.1, 0.5))] * num_views
+
+    def batches() -> tuple[list[np.ndarray], set[int]]:
+        loader = Loader(
+            ImageList(images), views, size=(24, 24), channels=channels, seed=0, threads=2, in_memory_gib=0,
+            max_bad_fraction=0.5,
+        )  # fmt: skip
+        with loader:
+            made = list(loader.batches(start_step=0, stop_step=6, global_batch_size=5))
+        return [crops.numpy() for batch in made for crops in batch["crops"]], set(loader.bad)
+
+    num_decoded = []
+
+    def counted(*given):
+        pixels = decode_window(*given)
+        num_decoded.append(pixels is not None)
+        return pixels
+
+    monkeypatch.setattr(module, "decode_window", counted)
+    ours, bad = batches()
+    assert sum(num_decoded) > 12
+    monkeypatch.setattr(module, "read_layout", lambda data: None)
+    whole, also_bad = batches()
+    assert bad == also_bad == {8, 9}
+    for windows, expected in zip(ours, whole, strict=True):
+        np.testing.assert_array_equal(windows, expected)
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """As in a process that has decoded nothing yet."""
+    monkeypatch.setattr(jpeg_window, "_compiled", None)
+    monkeypatch.setattr(jpeg_window, "_compiling", None)
+
+
+def test_until_it_is_compiled_images_are_decoded_by_libjpeg(uncompiled, monkeypatch):
+    may_end = threading.Event()
+    compile_ = jpeg_window._compile
+    monkeypatch.setattr(jpeg_window, "_compile", lambda: may_end.wait() and compile_())
+    assert window(MARKED, (0, 0, 5, 5)) is None
+    assert not jpeg_window.is_ready(wait=False)
+    np.testing.assert_array_equal(outcome(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
+    may_end.set()
+    assert jpeg_window.is_ready()
+    np.testing.assert_array_equal(window(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
+
+
+def test_without_numba_images_are_decoded_by_libjpeg(uncompiled, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "ssl.data.jpeg_scan", None)
+    with caplog.at_level(logging.INFO):
+        assert not jpeg_window.is_ready()
+    assert "libjpeg-turbo alone" in caplog.text
+    np.testing.assert_array_equal(outcome(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
+
+
+def test_a_compiler_that_fails_is_told_once(uncompiled, monkeypatch, caplog):
+    from ssl.data import jpeg_scan
+
+    monkeypatch.setattr(jpeg_scan, "decode_window", lambda *given: False)
+    assert not jpeg_window.is_ready()
+    assert window(MARKED, (0, 0, 5, 5)) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_with_numbas_compiler_off_images_are_decoded_by_libjpeg(uncompiled, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not jpeg_window.is_ready()
