@@ -161,7 +161,7 @@ PEER = "Pillow, torchvision"
 
 def parts(given: argparse.Namespace) -> Iterator[Part]:
     """A part for each of `all_views`."""
-    if not jpeg_window.is_ready():
+    if not jpeg_window.compile_decoder():
         print("without numba: JPEGs are decoded by libjpeg-turbo alone")
     with tempfile.TemporaryDirectory() as made:
         folder = given.images or Path(made) / "photos"

@@ -29,7 +29,7 @@ Box = tuple[int, int, int, int]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled():
-    assert jpeg_window.is_ready()
+    assert jpeg_window.compile_decoder()
 
 
 def boxes(height: int, width: int, number: int = 25) -> list[Box]:
@@ -293,39 +293,51 @@ def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int
 @pytest.fixture
 def uncompiled(monkeypatch):
     """As in a process that has decoded nothing yet."""
-    monkeypatch.setattr(jpeg_window, "_compiled", None)
-    monkeypatch.setattr(jpeg_window, "_compiling", None)
+    monkeypatch.setattr(jpeg_window, "_decode", None)
+    monkeypatch.setattr(jpeg_window, "_was_tried", False)
 
 
-def test_until_it_is_compiled_images_are_decoded_by_libjpeg(uncompiled, monkeypatch):
-    may_end = threading.Event()
-    compile_ = jpeg_window._compile
-    monkeypatch.setattr(jpeg_window, "_compile", lambda: may_end.wait() and compile_())
-    assert window(MARKED, (0, 0, 5, 5)) is None
-    assert not jpeg_window.is_ready(wait=False)
+def is_decoded_by_libjpeg() -> bool:
     np.testing.assert_array_equal(outcome(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
-    may_end.set()
-    assert jpeg_window.is_ready()
-    np.testing.assert_array_equal(window(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
+    return window(MARKED, (0, 0, 5, 5)) is None
+
+
+def test_a_loader_has_the_decoder_compiled_before_its_threads_start(uncompiled, monkeypatch):
+    assert is_decoded_by_libjpeg()
+    compile_, threads = jpeg_window._compile, []
+    monkeypatch.setattr(jpeg_window, "_compile", lambda: threads.append(threading.current_thread()) or compile_())
+    for _ in range(2):
+        with Loader(ImageList([MARKED] * 4), [View()], size=(8, 8), channels=3, seed=0, in_memory_gib=0) as loader:
+            list(loader.batches(start_step=0, stop_step=1, global_batch_size=4))
+    assert threads == [threading.main_thread()]
+    assert not is_decoded_by_libjpeg()
+
+
+def test_images_held_in_memory_need_no_compiler(uncompiled):
+    with Loader(ImageList([MARKED] * 4), [View()], size=(8, 8), channels=3, seed=0) as loader:
+        list(loader.batches(start_step=0, stop_step=1, global_batch_size=4))
+    assert is_decoded_by_libjpeg()
 
 
 def test_without_numba_images_are_decoded_by_libjpeg(uncompiled, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "ssl.data.jpeg_scan", None)
     with caplog.at_level(logging.INFO):
-        assert not jpeg_window.is_ready()
+        assert not jpeg_window.compile_decoder()
     assert "libjpeg-turbo alone" in caplog.text
-    np.testing.assert_array_equal(outcome(MARKED, (0, 0, 5, 5)), pillow(MARKED)[:5, :5])
+    assert is_decoded_by_libjpeg()
 
 
 def test_a_compiler_that_fails_is_told_once(uncompiled, monkeypatch, caplog):
     from ssl.data import jpeg_scan
 
     monkeypatch.setattr(jpeg_scan, "decode_window", lambda *given: False)
-    assert not jpeg_window.is_ready()
-    assert window(MARKED, (0, 0, 5, 5)) is None
+    for _ in range(2):
+        assert not jpeg_window.compile_decoder()
+    assert is_decoded_by_libjpeg()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_with_numbas_compiler_off_images_are_decoded_by_libjpeg(uncompiled, monkeypatch):
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    assert not jpeg_window.is_ready()
+    assert not jpeg_window.compile_decoder()
+    assert is_decoded_by_libjpeg()

@@ -1,8 +1,8 @@
-"""`ssl.data.jpeg_scan`, as soon as it is there: importing numba and compiling must not keep a run waiting.
+"""`ssl.data.jpeg_scan`, where it can be had: it needs numba, and some seconds to compile, once for a machine and version.
 
-Compiling takes some ten seconds, once for a machine and version: the machine code is kept in `__pycache__`, or where
-NUMBA_CACHE_DIR says. It is done beside the run, which decodes with libjpeg-turbo until then, to the same pixels.
-Without numba, or with NUMBA_DISABLE_JIT=1, it goes on so.
+Machine code is kept in `__pycache__`, in the user's cache where that cannot be written, or where NUMBA_CACHE_DIR says. A
+loader has it compiled before its threads start: meanwhile numba replaces what belongs to the whole process, such as how
+warnings are shown. Without numba, or with NUMBA_DISABLE_JIT=1, libjpeg-turbo decodes, to the same pixels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -17,49 +18,41 @@ import simplejpeg
 
 log = logging.getLogger(__name__)
 
-_compiled: Callable[[np.ndarray, int, int, np.ndarray], bool] | None = None
-_compiling: threading.Thread | None = None
+_decode: Callable[[np.ndarray, int, int, np.ndarray], bool] | None = None
+_was_tried = False
 _lock = threading.Lock()
 
 
 def decode_window(data: bytes, box: tuple[int, int, int, int], channels: int, buffer: np.ndarray) -> np.ndarray | None:
     """The box (top, left, height, width) of an upright JPEG, uint8 (height, width, C), which lies in `buffer`.
 
-    Equal to that part of the whole image. None where the file is unusual or damaged up to the lower end of the box, or
-    while this is not yet compiled: then it is to be decoded otherwise.
+    Equal to that part of the whole image. None where it is to be decoded otherwise: because the file is unusual, or
+    damaged above the lower end of the box, or because `compile_decoder` was not called, or in vain.
     """
-    if _compiled is None:
-        start()
+    if _decode is None:
         return None
     top, left, height, width = box
     out = buffer[: height * width * channels].reshape(height, width, channels)
-    return out if _compiled(np.frombuffer(data, np.uint8), top, left, out) else None
+    return out if _decode(np.frombuffer(data, np.uint8), top, left, out) else None
 
 
-def start() -> threading.Thread:
-    """Begin to compile, if that has not been done, in a thread that ends when all is ready."""
-    global _compiling
+def compile_decoder() -> bool:
+    """Whether windows are decoded from now on. Does nothing the second time."""
+    global _was_tried
     with _lock:
-        if _compiling is None:
-            # No daemon: a process that ends amid LLVM's work could crash.
-            _compiling = threading.Thread(target=_compile, name="jpeg-compiler")
-            _compiling.start()
-        return _compiling
-
-
-def is_ready(*, wait: bool = True) -> bool:
-    """Whether windows are decoded, after waiting for what is being compiled."""
-    if wait:
-        start().join()
-    return _compiled is not None
+        if not _was_tried:
+            _was_tried = True
+            _compile()
+        return _decode is not None
 
 
 def _compile() -> None:
-    global _compiled
+    global _decode
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return
+    begin = time.perf_counter()
     try:
-        from ssl.data.jpeg_scan import decode_window
+        from ssl.data.jpeg_scan import decode_window, was_kept
 
         data = simplejpeg.encode_jpeg(np.full((8, 8, 3), 128, np.uint8))
         for channels in (1, 3):
@@ -75,4 +68,6 @@ def _compile() -> None:
             error,
         )
     else:
-        _compiled = decode_window
+        _decode = decode_window
+        if not was_kept():
+            log.info("compiled the decoder of JPEGs in %.1f s, once for this machine", time.perf_counter() - begin)

@@ -19,6 +19,7 @@ import torch
 
 from ssl.data.bad_images import BadImages, BadList
 from ssl.data.batch_jobs import Batch, BatchJob, DecodedBatch, HeldBatch, Parameters, StreamedBatch
+from ssl.data.jpeg_window import compile_decoder
 from ssl.data.memory import common_size, hold
 from ssl.data.reader import Reader
 from ssl.data.recycled import Recycled
@@ -101,6 +102,8 @@ class Loader:
         self.memory = hold(source, channels=channels, limit_gib=limit_gib, num_threads=self.threads, bad=self.bad_list)
         if self.memory is not None:  # all of them were looked at
             self.bad_list.count(self.bad_list.messages)
+        else:
+            compile_decoder()
         self.image_shape = self._image_shape()
         self._recycled = Recycled()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
