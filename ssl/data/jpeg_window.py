@@ -1,8 +1,8 @@
-"""`ssl.data.jpeg_scan`, where it can be had: it needs numba, and some seconds to compile, once for a machine and version.
+"""`ssl.data.jpeg_scan`, where it can be had: that takes numba, and seconds to compile, once for a machine and version.
 
-Machine code is kept in `__pycache__`, in the user's cache where that cannot be written, or where NUMBA_CACHE_DIR says. A
-loader has it compiled before its threads start: meanwhile numba replaces what belongs to the whole process, such as how
-warnings are shown. Without numba, or with NUMBA_DISABLE_JIT=1, libjpeg-turbo decodes, to the same pixels.
+Machine code is kept in `__pycache__`, in the user's cache where that cannot be written, or where NUMBA_CACHE_DIR says.
+A loader has it compiled before its threads start: meanwhile numba replaces what belongs to the whole process, such as
+how warnings are shown. Without numba, or with NUMBA_DISABLE_JIT=1, libjpeg-turbo decodes, to the same pixels.
 """
 
 from __future__ import annotations
