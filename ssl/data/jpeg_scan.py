@@ -499,8 +499,3 @@ def decode_window(data: np.ndarray, top: int, left: int, out: np.ndarray) -> boo
     Nothing is known of `out` where the file is refused.
     """
     return _kept(data, top, left, out) == DONE
-
-
-def was_kept() -> bool:
-    """Whether the decoder was read from disk, not compiled."""
-    return bool(_kept.stats.cache_hits)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -50,9 +49,11 @@ def _compile() -> None:
     global _decode
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return
-    begin = time.perf_counter()
+    # Read from disk it is there in a third of a second.
+    told = threading.Timer(1.5, log.info, ["compiling the decoder of JPEGs, once for this machine: some 10 s"])
+    told.start()
     try:
-        from ssl.data.jpeg_scan import decode_window, was_kept
+        from ssl.data.jpeg_scan import decode_window
 
         data = simplejpeg.encode_jpeg(np.full((8, 8, 3), 128, np.uint8))
         for channels in (1, 3):
@@ -69,5 +70,5 @@ def _compile() -> None:
         )
     else:
         _decode = decode_window
-        if not was_kept():
-            log.info("compiled the decoder of JPEGs in %.1f s, once for this machine", time.perf_counter() - begin)
+    finally:
+        told.cancel()
