@@ -63,6 +63,7 @@ RUNS = (
     WholeRun("relative_location", "resnet50", 256),
 )
 NUM_STEPS, LOGGED_EVERY = 200, 20
+SMALL = {"vit_b": "vit_micro", "vit_l": "vit_micro", "resnet50": "resnet10"}
 
 
 def options() -> argparse.ArgumentParser:
@@ -91,16 +92,13 @@ def study(whole: WholeRun, given: argparse.Namespace, made: Path) -> list[Fact]:
     num_steps, every, batch_size = (4, 1, 8) if given.quick else (NUM_STEPS, LOGGED_EVERY, whole.batch_size)
     prepared = prepare(given.images, made, num=4 * batch_size, threads=given.threads)
     out = made / f"{whole.method}-{whole.model}"
-    model = (
-        {"vit_b": "vit_micro", "vit_l": "vit_micro", "resnet50": "resnet10"}[whole.model]
-        if given.quick
-        else whole.model
-    )
+    model = SMALL[whole.model] if given.quick else whole.model
     settings = [
         f"method={whole.method}", f"model={model}", "data=parquet", f"data.root={prepared}", "data.image_size=224",
-        "data.in_memory_gib=0", f"loader.threads={given.threads}", f"trainer.device={given.device}", "trainer.devices=1",
-        f"trainer.global_batch_size={batch_size}", f"trainer.steps={num_steps}", f"trainer.log_every_steps={every}",
-        "schedule.warmup_epochs=0", "wandb.mode=disabled", "report=none", "trainer.pictures=false",
+        "data.in_memory_gib=0", f"loader.threads={given.threads}", f"trainer.device={given.device}",
+        "trainer.devices=1", f"trainer.global_batch_size={batch_size}", f"trainer.steps={num_steps}",
+        f"trainer.log_every_steps={every}", "schedule.warmup_epochs=0", "trainer.pictures=false",
+        "wandb.mode=disabled", "report=none",
     ]  # fmt: skip
     python("ssl.pretrain", *settings, f"out={out}", threads=given.threads)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ from PIL import Image
 import benchmarks.__main__ as everything
 from benchmarks import (
     augment,
+    chip,
     knn,
     linear_probe,
     loader,
@@ -309,3 +310,28 @@ def test_the_peak_of_memory_is_counted_from_what_is_held_when_it_restarts() -> N
     with pages(128):
         pass
     assert nt_xent._peak(cpu) - before == pytest.approx(128, abs=32)
+
+
+# ---- what a GPU is for -----------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_from_prepared_photos_is_timed(tmp_path: Path):
+    photos, made = tmp_path / "photos", tmp_path / "made"
+    photos.mkdir()
+    made.mkdir()
+    loader.make_photos(photos, num=5)
+    given = chip.options().parse_args([*chip.QUICK, "--images", str(photos), "--threads", "1"])
+    entries = list(chip.parts(given))
+    assert [type(entry) for entry in entries] == [Part] * 5 + [Study] * 4
+    [fact] = chip.study(chip.RUNS[0], given, made)
+    assert "images/s" in fact.found
+    assert "5,000" in fact.wanted
+    assert len(list((made / "repeated-32").iterdir())) == 7  # of 5 photos, for 32
+
+
+def test_without_a_gpu_its_table_is_refused(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr("sys.argv", ["chip"])
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        chip.main()
