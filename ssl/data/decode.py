@@ -79,8 +79,9 @@ def crop_resize(
     Antialiased `bicubic` or `bilinear`: Pillow's `resize` of the cropped box, to one or two levels.
     """
     pixels = _cut(image, box)  # (1, C, height, width)
-    if pixels.shape[2:] != tuple(size):
-        pixels = functional.interpolate(pixels, tuple(size), mode=interpolation, antialias=True)  # (1, C, h, w)
+    if pixels.shape[2:] == tuple(size):
+        return pixels[0].clone(memory_format=torch.contiguous_format).numpy()
+    pixels = functional.interpolate(pixels, tuple(size), mode=interpolation, antialias=True)  # (1, C, h, w)
     return pixels[0].contiguous().numpy()
 
 

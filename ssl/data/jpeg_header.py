@@ -27,7 +27,12 @@ FIRST_COMPONENT, PER_COMPONENT = 5, 6
 ID, ACROSS, DOWN, QUANTIZATION, DC_TABLE, AC_TABLE = range(6)
 HEADER = FIRST_COMPONENT + 3 * PER_COMPONENT
 
-_DQT, _DHT, _SOF0, _SOF1, _DRI, _SOS, _APP0, _APP14, _COM = 0xDB, 0xC4, 0xC0, 0xC1, 0xDD, 0xDA, 0xE0, 0xEE, 0xFE
+LARGEST_SIDE = 65_500
+"""Of libjpeg; the format has 65,535."""
+
+_DQT, _DHT, _SOF0, _SOF1, _DRI, _SOS, _COM = 0xDB, 0xC4, 0xC0, 0xC1, 0xDD, 0xDA, 0xFE
+_APP0, _APP2, _APP14 = 0xE0, 0xE2, 0xEE
+_JFIF, _ICC, _ADOBE = 0x4A46494600, 0x4943435F50, 0x41646F6265  # five bytes
 
 
 @jit
@@ -38,7 +43,7 @@ def read_header(data, header, quantization, counts, symbols):
     (2, 4, 16), how many codes there are of each length, of DC and AC tables. symbols: uint8 (2, 4, 256).
     """
     place = 2
-    is_jfif, adobe = False, -1
+    is_jfif, has_profile, adobe = False, False, -1
     quantizations, tables = 0, 0  # which have been seen, as bits
     while place + 4 <= data.size and data[place] == 0xFF:
         marker, start = data[place + 1], place + 4
@@ -68,11 +73,17 @@ def read_header(data, header, quantization, counts, symbols):
             if not _read_scan(data, start, stop, header, quantizations, tables):
                 return False
             return header[NUM_COMPONENTS] == 1 or _is_ycbcr(header, is_jfif, adobe)
-        elif marker == _APP0 and size >= 14:
-            is_jfif = is_jfif or _begins(data, start, 0x4A46494600)  # JFIF
-        elif marker == _APP14 and size >= 12:
-            if _begins(data, start, 0x41646F6265):  # Adobe
-                adobe = data[start + 11]
+        elif marker == _APP0 and size >= 14 and _begins(data, start, _JFIF):
+            is_jfif = True
+            if data[start + 5] != 1:  # a version of which libjpeg warns
+                return False
+        elif marker == _APP2 and size >= 14 and _begins(data, start, _ICC):
+            # Of parts that do not fit libjpeg warns, too.
+            if has_profile or data[start + 12] != 1 or data[start + 13] != 1:
+                return False
+            has_profile = True
+        elif marker == _APP14 and size >= 12 and _begins(data, start, _ADOBE):
+            adobe = data[start + 11]
         elif marker < _APP0 or (marker > 0xEF and marker != _COM):  # progressive, lossless, arithmetic, ...
             return False
         place = stop
@@ -144,7 +155,7 @@ def _read_frame(data, start, stop, header):
         header[at + QUANTIZATION] = data[source + 2]
         if not (1 <= header[at + ACROSS] <= 4 and 1 <= header[at + DOWN] <= 4):
             return False
-    return header[HEIGHT] > 0 and header[WIDTH] > 0
+    return 0 < header[HEIGHT] <= LARGEST_SIDE and 0 < header[WIDTH] <= LARGEST_SIDE
 
 
 @jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ def decode_window(data: bytes, box: tuple[int, int, int, int], channels: int, bu
     """
     if _decode is None:
         return None
-    top, left, height, width = box
+    top, left, height, width = (int(number) for number in box)  # other numbers would be compiled for anew
     out = buffer[: height * width * channels].reshape(height, width, channels)
     return out if _decode(np.frombuffer(data, np.uint8), top, left, out) else None
 
@@ -40,8 +41,8 @@ def compile_decoder() -> bool:
     global _was_tried
     with _lock:
         if not _was_tried:
-            _was_tried = True
             _compile()
+            _was_tried = True
         return _decode is not None
 
 
@@ -49,8 +50,7 @@ def _compile() -> None:
     global _decode
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return
-    # Read from disk it is there in a third of a second.
-    told = threading.Timer(1.5, log.info, ["compiling the decoder of JPEGs, once for this machine: some 10 s"])
+    told = threading.Timer(1.5, _tell)  # read from disk it is there in a third of a second
     told.start()
     try:
         from ssl.data.jpeg_scan import decode_window
@@ -72,3 +72,9 @@ def _compile() -> None:
         _decode = decode_window
     finally:
         told.cancel()
+
+
+def _tell() -> None:
+    is_kept = getattr(sys.modules.get("ssl.data.jpeg_scan"), "is_kept", True)
+    how = "once for this machine" if is_kept else "anew for each run, unless NUMBA_CACHE_DIR is a folder to keep it in"
+    log.info("compiling the decoder of JPEGs, some 10 s, %s", how)

@@ -66,7 +66,7 @@ class Reader:
 
         Valid, and raises, as `decode`.
         """
-        buffer = None if layout is None else self._buffer(size)
+        buffer = None if layout is None else self._buffer(box[2:])
         if buffer is not None and self.channels in (1, 3):
             assert isinstance(data, bytes)
             pixels = decode_window(data, box, self.channels, buffer)
