@@ -12,6 +12,8 @@ from PIL import Image
 from scipy.fft import idctn
 from scipy.ndimage import gaussian_filter
 
+pytest.importorskip("numba")
+
 from ssl.data.jpeg_pixels import idct, to_gray, to_rgb
 
 ZIGZAG = sorted(range(64), key=lambda z: (z // 8 + z % 8, (z // 8 if (z // 8 + z % 8) % 2 else z % 8)))

@@ -24,6 +24,8 @@ from tests.test_decode import PHOTOS, encode, smooth, with_orientation
 from tests.test_jpeg_rows import END, MARKED, SUBSAMPLINGS, UNUSUAL, UNUSUAL_MARKERS, jpeg, noise, pillow
 
 pytest.importorskip("numba")
+from ssl.data import jpeg_header, jpeg_scan
+
 Box = tuple[int, int, int, int]
 
 
@@ -115,6 +117,23 @@ def test_windows_of_real_photos_are_those_of_the_whole_image():
                 num_windows += 1
                 np.testing.assert_array_equal(pixels, part(whole, box), err_msg=f"{path.name} {box}")
     assert num_windows > 400
+
+
+@pytest.mark.parametrize(("across", "down"), [(2, 1), (2, 2)])
+def test_a_window_holds_one_more_sample_of_chroma_on_each_side_than_its_pixels_lie_in(across: int, down: int):
+    """So the decoder may read it, needed or not."""
+    header = np.zeros(jpeg_header.HEADER, np.int64)
+    header[[jpeg_header.HEIGHT, jpeg_header.WIDTH, jpeg_header.NUM_COMPONENTS]] = 100, 75, 3
+    header[[jpeg_header.FIRST_COMPONENT + jpeg_header.ACROSS, jpeg_header.FIRST_COMPONENT + jpeg_header.DOWN]] = (
+        across,
+        down,
+    )
+    for left in range(75):
+        for width in range(1, 76 - left):
+            held = jpeg_scan._window_of(header, 10, left, 20, width, 3)
+            first, last = left // 2, (left + width - 1) // 2
+            assert 8 * held.first <= max(first - 1, 0)
+            assert min(last + 1, 37) < 8 * (held.last + 1)
 
 
 def test_a_gray_image_that_names_a_sampling_is_that_of_the_whole_image():
@@ -406,8 +425,6 @@ def test_without_numba_images_are_decoded_by_libjpeg(uncompiled, monkeypatch, ca
 
 
 def test_a_compiler_that_fails_is_told_once(uncompiled, monkeypatch, caplog):
-    from ssl.data import jpeg_scan
-
     monkeypatch.setattr(jpeg_scan, "decode_window", lambda *given: False)
     for _ in range(2):
         assert not jpeg_window.compile_decoder()

@@ -236,13 +236,14 @@ def _decode_row(coded, codes, header, window, is_kept, end, coefficients, places
 def _window_of(header, top, left, height, width, num_channels):
     """The MCUs that these pixels need.
 
-    With one more pixel on each side, which smoothing chroma needs. The rows that are stepped through are those of
-    ssl/data/jpeg_rows.py, so that damage is met by the same crops.
+    With one more row above and below, which smoothing chroma needs: those of ssl/data/jpeg_rows.py, so that damage is
+    met by the same crops. And with one more sample of halved chroma on each side of those that the pixels lie in.
     """
     is_gray = header[NUM_COMPONENTS] == 1  # MCUs of one block, whatever the sampling (A.2.2)
     across = 1 if is_gray else header[FIRST_COMPONENT + ACROSS]
     down = 1 if is_gray else header[FIRST_COMPONENT + DOWN]
-    first, last = max(left - 1, 0) // (8 * across), (min(left + width + 1, header[WIDTH]) - 1) // (8 * across)
+    side = 2 if across == 2 else 0
+    first, last = max(left - side, 0) // (8 * across), (min(left + width + side, header[WIDTH]) - 1) // (8 * across)
     return Window(
         first_row=max(top - 1, 0) // (8 * down),
         last_row=(min(top + height + 1, header[HEIGHT]) - 1) // (8 * down),
