@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -46,10 +47,14 @@ class Served:
     server: Server
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
-        """What one request on a connection of its own is answered; the path goes out as it is."""
+        """What one request on a connection of its own is answered; the path goes out as it is.
+
+        A body that is too large is refused by its length: the server may answer and close while it is still being sent.
+        """
         connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=20)
         try:
-            connection.request(method, path, body, headers or {})
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             named = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, named, response.read())
