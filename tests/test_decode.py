@@ -255,3 +255,13 @@ def test_real_photos_decode_to_pillows_pixels():
         want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         np.testing.assert_array_equal(decode(data, 3), want)
         assert image_size(data) == want.shape[:2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_crop_of_the_whole_image_is_a_copy(channels: int):
+    """The memory of an image may be that of the next one."""
+    image = np.zeros((6, 5, channels), np.uint8)
+    crop = crop_resize(image, (0, 0, 6, 5), (6, 5))
+    image[:] = 1
+    assert crop.shape == (channels, 6, 5)
+    assert not crop.any()
