@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare import ROOT, Entry, Fact, Part, Study, parser_of, run
-from benchmarks.loader import make_photos
+from benchmarks.loader import make_photos, prepare_photos
 from benchmarks.start import environment
 
 QUICK = ["--quick", "--device", "cpu", "--rounds", "1"]
@@ -37,7 +37,7 @@ STEPS = (
     ("mae_step", ["--model", "vit_large_patch16_224", "--batch-size", "128", "--steps", "20"], ""),
     ("simclr_step", ["--batch-size", "256", "--steps", "20"], ""),
     ("simclr_step", ["--model", "resnet18", "--image-size", "32", "--batch-size", "512", "--steps", "50"], EPOCH),
-    ("relative_location_step", ["--batch-size", "256", "--steps", "20"], ""),
+    ("relative_location_step", ["--batch-size", "64", "--steps", "20"], ""),
 )
 """A benchmark, its options, and a note."""
 
@@ -90,7 +90,7 @@ def parts(given: argparse.Namespace) -> Iterator[Entry]:
 def study(whole: WholeRun, given: argparse.Namespace, made: Path) -> list[Fact]:
     """The rate of one run."""
     num_steps, every, batch_size = (4, 1, 8) if given.quick else (NUM_STEPS, LOGGED_EVERY, whole.batch_size)
-    prepared = prepare(given.images, made, num=4 * batch_size, threads=given.threads)
+    prepared = prepare(given.images, made, num=4 * batch_size)
     out = made / f"{whole.method}-{whole.model}"
     model = SMALL[whole.model] if given.quick else whole.model
     settings = [
@@ -110,22 +110,21 @@ def study(whole: WholeRun, given: argparse.Namespace, made: Path) -> list[Fact]:
     return [Fact(whole.name, found, whole.wanted, (f"settings: {' '.join(settings)}",))]
 
 
-def prepare(images: Path | None, made: Path, *, num: int, threads: int) -> Path:
+def prepare(images: Path | None, made: Path, *, num: int) -> Path:
     """A folder with at least `num` photos as `python -m ssl.prepare` stores them, some of them more than once."""
-    shards = made / "prepared"
-    if not shards.exists():
-        if images is None:
-            images = made / "photos"
+    shards, repeated = made / "prepared", made / f"repeated-{num}"
+    if images is None:
+        images = made / "photos"
+        if not images.exists():
             images.mkdir()
             make_photos(images)
-        python("ssl.prepare", "data=folder", f"data.root={images}", f"out={shards}", threads=threads)
-    num_stored = json.loads((shards / "report.json").read_text())["splits"]["train"]["stored"]
-    repeated = made / f"repeated-{num}"
-    if not repeated.exists():
-        repeated.mkdir()
-        for number in range(-(-num // num_stored)):
-            for shard in shards.glob("train-*.parquet"):
-                (repeated / f"train-{number:04d}-{shard.name.removeprefix('train-')}").symlink_to(shard)
+    num_stored = len(prepare_photos(images, shards))  # which goes on where it was complete
+    repeated.mkdir(exist_ok=True)
+    for number in range(-(-num // num_stored)):
+        for shard in shards.glob("train-*.parquet"):
+            link = repeated / f"train-{number:04d}-{shard.name.removeprefix('train-')}"
+            if not link.exists():
+                link.symlink_to(shard)
     return repeated
 
 

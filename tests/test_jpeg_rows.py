@@ -278,34 +278,44 @@ def test_rows_of_a_damaged_image_are_those_that_decoding_all_of_it_gives(restart
 # ---- in the loader ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_views", [1, 2])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int, monkeypatch):
+def mixed_batches(num_views: int, channels: int) -> tuple[list[np.ndarray], set[int]]:
+    """The crops of a loader of images of every kind, of which two are truncated, and the bad ones that it met."""
     sizes = [(90 + 7 * number, 130 - 11 * number) for number in range(6)]
-    images = [jpeg(smooth(*size), restart_rows=number % 3) for number, size in enumerate(sizes)]
+    images = [jpeg(smooth(*size), SUBSAMPLINGS[number % 4], number % 3) for number, size in enumerate(sizes)]
     images += [jpeg(smooth(90, 80), progressive=True), encode(smooth(70, 60), "PNG"), images[1][:-300], images[0][:-90]]
     images += [with_orientation(Image.fromarray(smooth(80, 60)), "JPEG", 6)]
     views = [View(crop="random_resized", scale=(0.1, 0.5))] * num_views
+    loader = Loader(
+        ImageList(images), views, size=(24, 24), channels=channels, seed=0, threads=2, in_memory_gib=0,
+        max_bad_fraction=0.5,
+    )  # fmt: skip
+    with loader:
+        made = list(loader.batches(start_step=0, stop_step=6, global_batch_size=5))
+    return [crops.numpy() for batch in made for crops in batch["crops"]], set(loader.bad)
 
-    def batches() -> tuple[list[np.ndarray], set[int]]:
-        loader = Loader(
-            ImageList(images), views, size=(24, 24), channels=channels, seed=0, threads=2, in_memory_gib=0,
-            max_bad_fraction=0.5,
-        )  # fmt: skip
-        with loader:
-            made = list(loader.batches(start_step=0, stop_step=6, global_batch_size=5))
-        return [crops.numpy() for batch in made for crops in batch["crops"]], set(loader.bad)
 
-    num_read = []
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("way", ["decode_rows", "decode_window"])
+def test_batches_are_those_of_images_decoded_whole(way: str, num_views: int, channels: int, monkeypatch):
+    if way == "decode_window":
+        pytest.importorskip("numba")
+    decode_part, num_parts = getattr(module, way), []
+
+    def counted(*given, **more):
+        decoded = decode_part(*given, **more)
+        num_parts.append(decoded is not None)
+        return decoded
+
     monkeypatch.setattr(module, "decode_window", lambda *given: None)
-    monkeypatch.setattr(module, "decode_rows", lambda *given, **more: num_read.append(1) or decode_rows(*given, **more))
-    ours, bad = batches()
-    assert num_read
+    monkeypatch.setattr(module, way, counted)
+    ours, bad = mixed_batches(num_views, channels)
+    assert sum(num_parts) > 8
     monkeypatch.setattr(module, "read_layout", lambda data: None)
-    whole, also_bad = batches()
+    whole, also_bad = mixed_batches(num_views, channels)
     assert bad == also_bad == {8, 9}
-    for rows, expected in zip(ours, whole, strict=True):
-        np.testing.assert_array_equal(rows, expected)
+    for parts, expected in zip(ours, whole, strict=True):
+        np.testing.assert_array_equal(parts, expected)
 
 
 @pytest.mark.parametrize("how", [{"start": 1}, {"start": 5}, {"start": 11}, {"threads": 4}, {"num_ranks": 2}], ids=str)

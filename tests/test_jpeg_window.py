@@ -350,40 +350,6 @@ def test_a_turned_image_is_decoded_whole():
     np.testing.assert_array_equal(outcome(data, (30, 10, 20, 20)), decode(data)[30:50, 10:30])
 
 
-@pytest.mark.parametrize("num_views", [1, 2])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_batches_are_those_of_images_decoded_whole(num_views: int, channels: int, monkeypatch):
-    sizes = [(90 + 7 * number, 130 - 11 * number) for number in range(6)]
-    images = [jpeg(smooth(*size), SUBSAMPLINGS[number % 4], number % 3) for number, size in enumerate(sizes)]
-    images += [jpeg(smooth(90, 80), progressive=True), encode(smooth(70, 60), "PNG"), images[1][:-300], images[0][:-90]]
-    views = [View(crop="random_resized", scale=(0.1, 0.5))] * num_views
-
-    def batches() -> tuple[list[np.ndarray], set[int]]:
-        loader = Loader(
-            ImageList(images), views, size=(24, 24), channels=channels, seed=0, threads=2, in_memory_gib=0,
-            max_bad_fraction=0.5,
-        )  # fmt: skip
-        with loader:
-            made = list(loader.batches(start_step=0, stop_step=6, global_batch_size=5))
-        return [crops.numpy() for batch in made for crops in batch["crops"]], set(loader.bad)
-
-    num_decoded = []
-
-    def counted(*given):
-        pixels = decode_window(*given)
-        num_decoded.append(pixels is not None)
-        return pixels
-
-    monkeypatch.setattr(module, "decode_window", counted)
-    ours, bad = batches()
-    assert sum(num_decoded) > 12
-    monkeypatch.setattr(module, "read_layout", lambda data: None)
-    whole, also_bad = batches()
-    assert bad == also_bad == {8, 9}
-    for windows, expected in zip(ours, whole, strict=True):
-        np.testing.assert_array_equal(windows, expected)
-
-
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ssl.data.compiled import jit
+from ssl.data.jpeg_rows import LARGEST_SIDE
 
 
 def _zigzag(place: int) -> tuple[int, int]:
@@ -26,9 +27,6 @@ FIRST_COMPONENT, PER_COMPONENT = 5, 6
 # Of component c, from FIRST_COMPONENT + c * PER_COMPONENT on:
 ID, ACROSS, DOWN, QUANTIZATION, DC_TABLE, AC_TABLE = range(6)
 HEADER = FIRST_COMPONENT + 3 * PER_COMPONENT
-
-LARGEST_SIDE = 65_500
-"""Of libjpeg; the format has 65,535."""
 
 _DQT, _DHT, _SOF0, _SOF1, _DRI, _SOS, _COM = 0xDB, 0xC4, 0xC0, 0xC1, 0xDD, 0xDA, 0xFE
 _APP0, _APP2, _APP14 = 0xE0, 0xE2, 0xEE

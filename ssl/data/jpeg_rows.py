@@ -28,7 +28,8 @@ _SOS, _DRI, _APP1 = 0xDA, 0xDD, 0xE1
 _MARKER = re.compile(rb"\xff[^\x00\xff]")  # in coded data 0xff is followed by 0, and may be repeated before a marker
 _BELOW = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
-_LARGEST_SIDE = 65_500  # of libjpeg; the format has 65,535
+LARGEST_SIDE = 65_500
+"""Pixels, by libjpeg; the format has 65,535."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _layout(data: bytes, frame_at: int, sos_at: int, interval: int) -> Layout | 
     height, width = data[frame_at + 5] << 8 | data[frame_at + 6], data[frame_at + 7] << 8 | data[frame_at + 8]
     if bits != 8 or components not in (1, 3) or data[sos_at + 4] != components:
         return None
-    if not 0 < height * width <= MAX_PIXELS or max(height, width) > _LARGEST_SIDE:
+    if not 0 < height * width <= MAX_PIXELS or max(height, width) > LARGEST_SIDE:
         return None
     sampling = data[frame_at + 11 : frame_at + 11 + 3 * components : 3]  # of each component: 4 bits across, 4 down
     # A scan of one component has MCUs of one block, whatever its sampling.
